@@ -1,0 +1,1 @@
+//! Sharded checkpoints, the manifest, resharding by slices

@@ -1,0 +1,1 @@
+//! Collective programs as data: who sends which byte range to whom

@@ -1,0 +1,1 @@
+//! Coordinator, agent and worker state machines and their wire messages, without I/O

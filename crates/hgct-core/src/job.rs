@@ -1,0 +1,270 @@
+//! `job.toml`: what to train, on what, how, and what the user wants of the plan.
+
+use serde::{Deserialize, Serialize};
+
+use crate::canonical::Hash;
+use crate::dtype::DType;
+use crate::ids::DeviceId;
+use crate::{Error, Result};
+
+/// A training job. Its hash stands in plans and manifests.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// A name for people.
+    pub name: String,
+    /// The model.
+    pub model: ModelSection,
+    /// The text.
+    pub data: DataSection,
+    /// How it is trained.
+    pub recipe: Recipe,
+    /// What the user wants of the plan.
+    #[serde(default)]
+    pub policy: Policy,
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Path of a Hugging Face `config.json`, relative to the job's file.
+    pub config: String,
+    /// Compute dtype; `f32` today.
+    #[serde(default = "f32_dtype")]
+    pub dtype: DType,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Text files, globs, folders and `.jsonl` files, relative to the job's file; a leading
+    /// `${NAME}` stands for an environment variable.
+    pub paths: Vec<String>,
+    /// A `tokenizer.json`, relative to the job's file; absent: a byte-level BPE of the model's
+    /// vocabulary size is trained on the text.
+    #[serde(default)]
+    pub tokenizer: Option<String>,
+    /// Share of the tokens that is held out for evaluation.
+    #[serde(default = "defaults::held_out")]
+    pub held_out: f64,
+    /// Bytes of text to use at most, taken evenly.
+    #[serde(default)]
+    pub max_bytes: Option<u64>,
+}
+
+/// `[recipe]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Seed of parameters and sample order.
+    #[serde(default)]
+    pub seed: u64,
+    /// Optimizer updates.
+    pub steps: u64,
+    /// Samples a step.
+    pub global_batch: u32,
+    /// Tokens a sample.
+    pub seq_len: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Learning rate at the end of the cosine, as a share of the peak.
+    #[serde(default = "defaults::min_learning_rate_share")]
+    pub min_learning_rate_share: f64,
+    /// Steps of linear warm-up.
+    #[serde(default)]
+    pub warmup_steps: u64,
+    /// Steps over which the cosine falls; absent: `steps`.
+    #[serde(default)]
+    pub decay_steps: Option<u64>,
+    /// Decoupled weight decay; norms and biases do not decay.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: f64,
+    /// AdamW's beta 1.
+    #[serde(default = "defaults::beta1")]
+    pub beta1: f64,
+    /// AdamW's beta 2.
+    #[serde(default = "defaults::beta2")]
+    pub beta2: f64,
+    /// AdamW's epsilon.
+    #[serde(default = "defaults::eps")]
+    pub eps: f64,
+    /// Greatest global gradient norm; 0: no clipping.
+    #[serde(default = "defaults::clip")]
+    pub clip: f64,
+    /// Evaluate every so many steps; 0: only at the end.
+    #[serde(default)]
+    pub evaluate_every: u64,
+    /// Samples of the held-out split in one evaluation.
+    #[serde(default = "defaults::evaluate_samples")]
+    pub evaluate_samples: u64,
+    /// Checkpoint every so many steps; 0: only at the end.
+    #[serde(default)]
+    pub checkpoint_every: u64,
+    /// Committed checkpoints that are kept; at least 2.
+    #[serde(default = "defaults::keep_checkpoints")]
+    pub keep_checkpoints: u32,
+}
+
+/// `[policy]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// Least number of kinds in the plan, where a kind counts only with at least half of what its
+    /// own speed would give.
+    pub min_kinds: u32,
+    /// The form of the plan.
+    pub shape: PlanShape,
+    /// Use only these devices.
+    pub devices: Vec<DeviceId>,
+    /// Micro-batch sizes to consider; empty: those of the profile.
+    pub micro_batches: Vec<u32>,
+    /// Most micro-batches of one pipeline in a step; 0: no limit.
+    pub max_micro_batches: u32,
+}
+
+/// Which plans may be chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PlanShape {
+    /// The fastest under the profile.
+    #[default]
+    Any,
+    /// Every pipeline one stage.
+    DataParallel,
+    /// One pipeline over all devices.
+    Pipeline,
+}
+
+impl JobSpec {
+    /// Parses and validates a `job.toml`; `file` is only named in errors.
+    pub fn from_toml(file: &str, text: &str) -> Result<Self> {
+        let job: Self = crate::suggest::parse_toml(file, text)?;
+        job.validate(file)?;
+        Ok(job)
+    }
+
+    /// Hash of the whole job.
+    pub fn hash(&self) -> Hash {
+        Hash::of(self)
+    }
+
+    /// Checks what types alone cannot.
+    pub fn validate(&self, file: &str) -> Result<()> {
+        let check = |ok: bool, key: &str, found: String, allowed: &str| {
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::Value { file: file.into(), key: key.into(), found, allowed: allowed.into() })
+            }
+        };
+        let recipe = &self.recipe;
+        self.model.dtype.require_compute_supported()?;
+        check(!self.data.paths.is_empty(), "data.paths", "empty".into(), "at least one path")?;
+        check(
+            (0.0..0.5).contains(&self.data.held_out),
+            "data.held_out",
+            self.data.held_out.to_string(),
+            "from 0 to 0.5",
+        )?;
+        check(recipe.steps > 0, "recipe.steps", "0".into(), "at least 1")?;
+        check(recipe.global_batch > 0, "recipe.global_batch", "0".into(), "at least 1")?;
+        check(recipe.seq_len > 0, "recipe.seq_len", "0".into(), "at least 1")?;
+        for (key, value, allowed, ok) in [
+            ("recipe.learning_rate", recipe.learning_rate, "positive", recipe.learning_rate > 0.0),
+            (
+                "recipe.min_learning_rate_share",
+                recipe.min_learning_rate_share,
+                "from 0 to 1",
+                (0.0..=1.0).contains(&recipe.min_learning_rate_share),
+            ),
+            ("recipe.weight_decay", recipe.weight_decay, "0 or more", recipe.weight_decay >= 0.0),
+            ("recipe.beta1", recipe.beta1, "from 0 to below 1", (0.0..1.0).contains(&recipe.beta1)),
+            ("recipe.beta2", recipe.beta2, "from 0 to below 1", (0.0..1.0).contains(&recipe.beta2)),
+            ("recipe.eps", recipe.eps, "positive", recipe.eps > 0.0),
+            ("recipe.clip", recipe.clip, "0 or more", recipe.clip >= 0.0),
+        ] {
+            check(ok && value.is_finite(), key, value.to_string(), allowed)?;
+        }
+        check(
+            recipe.keep_checkpoints >= 2,
+            "recipe.keep_checkpoints",
+            recipe.keep_checkpoints.to_string(),
+            "at least 2",
+        )
+    }
+}
+
+impl Recipe {
+    /// Learning rate of `step` (from 0): linear warm-up, then a cosine to the minimum.
+    pub fn learning_rate_at(&self, step: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let decay = self.decay_steps.unwrap_or(self.steps).saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / decay as f64).min(1.0);
+        let share = self.min_learning_rate_share
+            + (1.0 - self.min_learning_rate_share) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+        self.learning_rate * share
+    }
+}
+
+fn f32_dtype() -> DType {
+    DType::F32
+}
+
+mod defaults {
+    pub(super) fn held_out() -> f64 {
+        0.02
+    }
+    pub(super) fn min_learning_rate_share() -> f64 {
+        0.1
+    }
+    pub(super) fn weight_decay() -> f64 {
+        0.1
+    }
+    pub(super) fn beta1() -> f64 {
+        0.9
+    }
+    pub(super) fn beta2() -> f64 {
+        0.95
+    }
+    pub(super) fn eps() -> f64 {
+        1e-8
+    }
+    pub(super) fn clip() -> f64 {
+        1.0
+    }
+    pub(super) fn evaluate_samples() -> u64 {
+        256
+    }
+    pub(super) fn keep_checkpoints() -> u32 {
+        2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JOB: &str = "name = 'x'\n[model]\nconfig = 'config.json'\n[data]\npaths = ['a']\n[recipe]\nsteps = 100\nglobal_batch = 8\nseq_len = 16\nlearning_rate = 0.01\nwarmup_steps = 10\n";
+
+    #[test]
+    fn learning_rate_warms_up_and_falls_to_its_minimum() {
+        let recipe = JobSpec::from_toml("job.toml", JOB).unwrap().recipe;
+        assert!((recipe.learning_rate_at(0) - 0.001).abs() < 1e-12);
+        assert!((recipe.learning_rate_at(9) - 0.01).abs() < 1e-12);
+        assert!((recipe.learning_rate_at(100) - 0.001).abs() < 1e-12);
+        assert!((10..99).all(|s| recipe.learning_rate_at(s) > recipe.learning_rate_at(s + 1)));
+    }
+
+    #[test]
+    fn bad_values_name_key_and_what_is_allowed() {
+        let error = JobSpec::from_toml("job.toml", &JOB.replace("seq_len = 16", "seq_len = 0")).unwrap_err();
+        assert_eq!(error.to_string(), "job.toml: `recipe.seq_len` is 0, but must be at least 1");
+        let error =
+            JobSpec::from_toml("job.toml", &JOB.replace("config =", "dtype = 'bf16'\nconfig =")).unwrap_err();
+        assert_eq!(error.to_string(), "compute dtype bf16 is not supported yet: use f32");
+    }
+}

@@ -1,0 +1,1 @@
+//! Cost model, simulation, search, bounds and the plan linter

@@ -1,0 +1,1 @@
+//! The PyO3 extension under python/hgct

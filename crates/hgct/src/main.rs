@@ -1,0 +1,3 @@
+//! The hgct command.
+
+fn main() {}
