@@ -1,0 +1,1 @@
+"""hgct: one training job on devices of several vendors and frameworks."""
