@@ -1,1 +1,3 @@
-//! Coordinator, agent and worker state machines and their wire messages, without I/O
+//! Coordinator, agent and worker state machines and their wire messages, without I/O.
+
+pub mod message;

@@ -17,10 +17,12 @@
 //! | [`profile`] | what was measured |
 //! | [`plan`] | the complete answer: stages, pipelines, owners, prediction |
 //! | [`schedule`] | the plan's actions as data, one list a rank |
+//! | [`check`] | what an engine says of itself, and the conformance suite's answer |
 //! | [`timeline`] | start and end of every action, predicted or measured |
 //! | [`manifest`] | a checkpoint's table of contents |
 
 pub mod canonical;
+pub mod check;
 pub mod cluster;
 pub mod dtype;
 mod error;

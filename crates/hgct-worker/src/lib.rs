@@ -1,1 +1,7 @@
-//! What every worker does: engine interface, schedule interpreter, gradient exchange, optimizer, conformance suite
+//! What every worker does: the engine interface, the interpreter of schedule actions, gradient
+//! exchange, the optimizer, the plain f64 reference model and the conformance suite.
+
+pub mod engine;
+mod error;
+
+pub use error::{Error, Result};
