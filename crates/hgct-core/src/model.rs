@@ -13,6 +13,13 @@ use crate::{Error, Result};
 /// Name of the token embedding, which tied models use in the head too.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 
+/// Largest width or vocabulary.
+const MAX_COUNT: u32 = 1 << 24;
+/// Most decoder blocks, so that a damaged file cannot ask for endless tables.
+const MAX_LAYERS: u32 = 1 << 14;
+/// Most heads, and widest head; their product stays inside 32 bits.
+const MAX_HEADS: u32 = 1 << 15;
+
 /// How the rotary frequencies are scaled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
@@ -166,6 +173,39 @@ impl ModelSpec {
         crate::canonical::encode(&config)
     }
 
+    /// Checks the bounds that a `config.json` is read with, for a model that came another way;
+    /// `file` is only named in errors.
+    pub fn validate(&self, file: &str) -> Result<()> {
+        let bad = |key: &str, found: String, allowed: String| {
+            Err(Error::Value { file: file.into(), key: format!("model.{key}"), found, allowed })
+        };
+        for (key, value, most) in [
+            ("vocab_size", self.vocab_size, MAX_COUNT),
+            ("hidden_size", self.hidden_size, MAX_COUNT),
+            ("intermediate_size", self.intermediate_size, MAX_COUNT),
+            ("num_layers", self.num_layers, MAX_LAYERS),
+            ("num_heads", self.num_heads, MAX_HEADS),
+            ("num_kv_heads", self.num_kv_heads, MAX_HEADS),
+            ("head_dim", self.head_dim, MAX_HEADS),
+            ("max_position", self.max_position, MAX_COUNT),
+        ] {
+            if !(1..=most).contains(&value) {
+                return bad(key, value.to_string(), format!("a whole number from 1 to {most}"));
+            }
+        }
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return bad(
+                "num_kv_heads",
+                self.num_kv_heads.to_string(),
+                format!("a divisor of num_heads = {}", self.num_heads),
+            );
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return bad("head_dim", self.head_dim.to_string(), "even (rotary embedding turns pairs)".into());
+        }
+        Ok(())
+    }
+
     /// Layers the planner places: embedding, blocks, head.
     pub fn num_placeable_layers(&self) -> u32 {
         self.num_layers + 2
@@ -222,9 +262,11 @@ impl ModelSpec {
     /// gradient is final last.
     pub fn stage_tensors(&self, layers: std::ops::Range<u32>) -> Vec<(u32, TensorSpec)> {
         let mut found: Vec<(u32, TensorSpec)> = Vec::new();
+        let mut has_embedding = false;
         for layer in layers {
             for tensor in self.layer_tensors(layer) {
-                if !found.iter().any(|(_, known)| known.name == tensor.name) {
+                // The embedding is the one tensor that two layers may use.
+                if tensor.name != EMBEDDING || !std::mem::replace(&mut has_embedding, true) {
                     found.push((layer, tensor));
                 }
             }
@@ -386,7 +428,7 @@ impl Config<'_> {
             return Err(self.bad("head_dim", "even (rotary embedding turns pairs)".into()));
         }
         let (rope_theta, rope_scaling) = self.rope()?;
-        Ok(ModelSpec {
+        let spec = ModelSpec {
             vocab_size: self.count("vocab_size", None)?,
             hidden_size,
             intermediate_size: self.count("intermediate_size", None)?,
@@ -404,7 +446,9 @@ impl Config<'_> {
             },
             max_position: self.count("max_position_embeddings", Some(2048))?,
             initializer_range: self.positive("initializer_range", Some(0.02))?,
-        })
+        };
+        spec.validate(self.file)?;
+        Ok(spec)
     }
 
     /// `rope_theta` and `rope_scaling` as older configurations have them, or both in

@@ -10,13 +10,20 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Result;
 use crate::canonical::Hash;
 use crate::cluster::{Grant, Isolation};
 use crate::dtype::DType;
 use crate::ids::{DeviceId, Kind, NodeId, Rank};
 use crate::model::ModelSpec;
 use crate::slice::{self, Slice};
-use crate::{Error, Result};
+
+mod builder;
+#[cfg(test)]
+mod tests;
+mod validate;
+
+pub use builder::PlanBuilder;
 
 /// Index of a stage instance in its plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -223,8 +230,8 @@ impl StageInstance {
 
 impl Pipeline {
     /// Samples a step.
-    pub fn num_samples(&self) -> u32 {
-        self.micro_batch * self.num_micro_batches
+    pub fn num_samples(&self) -> u64 {
+        u64::from(self.micro_batch) * u64::from(self.num_micro_batches)
     }
 }
 
@@ -284,125 +291,6 @@ impl Plan {
         let first: u32 = self.pipelines[..pipeline].iter().map(|p| p.num_micro_batches).sum();
         first..first + self.pipelines[pipeline].num_micro_batches
     }
-
-    /// Checks the invariants P-2 (every layer exactly once in every pipeline), P-3 (micro-batches
-    /// sum to the global batch), that every slice has one owner and all its holders, and that the
-    /// schedule is the plan's.
-    pub fn validate(&self) -> Result<()> {
-        let fail = |invariant, found| Err(Error::Plan { invariant, found });
-        if self.format != Self::FORMAT {
-            return fail("format", format!("{} (this hgct reads {})", self.format, Self::FORMAT));
-        }
-        for (id, stage) in self.stages.iter().enumerate() {
-            stage.compute_dtype.require_compute_supported()?;
-            if stage.ranks.len() != 1 {
-                return Err(Error::NotYet {
-                    what: "tensor parallel degree",
-                    value: stage.ranks.len().to_string(),
-                    instead: "1",
-                });
-            }
-            if stage.rank().index() >= self.ranks.len() {
-                return fail(
-                    "ranks",
-                    format!("stage {id} is on {}, but there are {} ranks", stage.rank(), self.ranks.len()),
-                );
-            }
-        }
-        for (index, pipeline) in self.pipelines.iter().enumerate() {
-            if pipeline.micro_batch == 0 || pipeline.num_micro_batches == 0 {
-                return fail("P-3", format!("pipeline {index} has no micro-batches"));
-            }
-            let mut next = 0;
-            for id in &pipeline.stages {
-                let Some(stage) = self.stages.get(id.index()) else {
-                    return fail("P-2", format!("pipeline {index} names {id}, which is not there"));
-                };
-                if stage.first_layer != next || stage.end_layer <= next {
-                    return fail(
-                        "P-2",
-                        format!(
-                            "pipeline {index}: {id} has layers {:?} where layer {next} comes next",
-                            stage.layers()
-                        ),
-                    );
-                }
-                next = stage.end_layer;
-            }
-            if next != self.model.num_placeable_layers() {
-                return fail(
-                    "P-2",
-                    format!(
-                        "pipeline {index} ends before layer {next} of {}",
-                        self.model.num_placeable_layers()
-                    ),
-                );
-            }
-        }
-        let samples: u64 = self.pipelines.iter().map(|p| u64::from(p.num_samples())).sum();
-        if samples != u64::from(self.global_batch) {
-            return fail(
-                "P-3",
-                format!("micro-batches hold {samples} samples, the global batch {}", self.global_batch),
-            );
-        }
-        self.validate_owners()?;
-        let schedule = crate::schedule::Schedule::of(self)?;
-        schedule.dry_run(self)?;
-        if schedule.hash() != self.schedule {
-            return fail(
-                "P-1",
-                format!(
-                    "the schedule's hash is {}, the plan says {}",
-                    schedule.hash().short(),
-                    self.schedule.short()
-                ),
-            );
-        }
-        Ok(())
-    }
-
-    fn validate_owners(&self) -> Result<()> {
-        let fail = |found| Err(Error::Plan { invariant: "owners", found });
-        let mut covered: BTreeMap<&str, Vec<Range<u64>>> = BTreeMap::new();
-        for group in &self.owners {
-            if group.site != UpdateSite::Host {
-                return Err(Error::NotYet { what: "update site", value: "device".into(), instead: "host" });
-            }
-            if !group
-                .holders
-                .iter()
-                .any(|holder| self.stages.get(holder.stage.index()).is_some_and(|s| s.rank() == group.owner))
-            {
-                return fail(format!("{} owns slices of which it holds none", group.owner));
-            }
-            for slice in &group.slices {
-                covered.entry(&slice.tensor).or_default().push(slice.rows());
-            }
-        }
-        for tensor in self.model.tensors() {
-            let mut ranges = covered.remove(tensor.name.as_str()).unwrap_or_default();
-            ranges.sort_by_key(|range| range.start);
-            let mut next = 0;
-            for range in ranges {
-                if range.start != next {
-                    return fail(format!(
-                        "row {} of {} has no owner or two",
-                        range.start.min(next),
-                        tensor.name
-                    ));
-                }
-                next = range.end;
-            }
-            if next != tensor.rows() {
-                return fail(format!("row {next} of {} has no owner", tensor.name));
-            }
-        }
-        match covered.keys().next() {
-            None => Ok(()),
-            Some(name) => fail(format!("{name} is no tensor of the model")),
-        }
-    }
 }
 
 /// Derives who holds every slice and who owns its update.
@@ -411,12 +299,7 @@ impl Plan {
 /// holders' ranks in proportion to `weights` (one a rank; how much update work each should do).
 pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64]) -> Vec<OwnedGroup> {
     let num_parameters = model.num_parameters();
-    let mut holders: BTreeMap<String, Vec<Holder>> = BTreeMap::new();
-    for (id, stage) in (0..).map(StageId).zip(stages) {
-        for (layer, tensor) in model.stage_tensors(stage.layers()) {
-            holders.entry(tensor.name).or_default().push(Holder { stage: id, layer });
-        }
-    }
+    let mut holders = holders_of_tensors(model, stages);
     // Pools in the order of the model's tensors, so that groups are in layer order.
     let mut pools: Vec<(Vec<Holder>, Vec<crate::model::TensorSpec>)> = Vec::new();
     for tensor in model.tensors() {
@@ -451,7 +334,7 @@ pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64
                 let slices = &mut per_rank[at];
                 match slices.last_mut() {
                     Some(last) if last.tensor == tensor.name && last.end[0] == rows.start => {
-                        last.end[0] = rows.end
+                        last.end[0] = rows.end;
                     }
                     _ => slices.push(Slice::rows_of(tensor, rows)),
                 }
@@ -464,4 +347,15 @@ pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64
         }
     }
     groups
+}
+
+/// The stage instances that hold each tensor, in order of id; contributions are added in this order.
+fn holders_of_tensors(model: &ModelSpec, stages: &[StageInstance]) -> BTreeMap<String, Vec<Holder>> {
+    let mut holders: BTreeMap<String, Vec<Holder>> = BTreeMap::new();
+    for (id, stage) in (0..).map(StageId).zip(stages) {
+        for (layer, tensor) in model.stage_tensors(stage.layers()) {
+            holders.entry(tensor.name).or_default().push(Holder { stage: id, layer });
+        }
+    }
+    holders
 }

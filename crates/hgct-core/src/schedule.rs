@@ -200,11 +200,18 @@ impl Schedule {
     /// its forward, and no rank may wait for ever. Returns the most micro-batches that each stage
     /// has in flight.
     pub fn dry_run(&self, plan: &Plan) -> Result<Vec<u32>> {
+        if self.ranks.len() != plan.ranks.len() {
+            return Err(Error::Plan {
+                invariant: "schedule",
+                found: format!("{} lists for {} ranks", self.ranks.len(), plan.ranks.len()),
+            });
+        }
         let mut run = DryRun {
             plan,
             position: vec![0; self.ranks.len()],
             sent: BTreeSet::new(),
             forwarded: BTreeSet::new(),
+            backwarded: BTreeSet::new(),
             in_flight: vec![(0, 0); plan.stages.len()],
         };
         loop {
@@ -311,6 +318,7 @@ struct DryRun<'a> {
     position: Vec<usize>,
     sent: BTreeSet<(Operation, StageId, u32)>,
     forwarded: BTreeSet<(StageId, u32)>,
+    backwarded: BTreeSet<(StageId, u32)>,
     in_flight: Vec<(u32, u32)>,
 }
 
@@ -354,8 +362,10 @@ impl DryRun<'_> {
                 Ok(true)
             }
             Operation::Backward | Operation::BackwardInput => {
-                if !self.forwarded.contains(&(action.stage, micro_batch)) {
-                    return fail("backward before forward".into());
+                if !self.forwarded.contains(&(action.stage, micro_batch))
+                    || !self.backwarded.insert((action.stage, micro_batch))
+                {
+                    return fail("backward before forward, or twice".into());
                 }
                 self.in_flight[action.stage.index()].0 -= 1;
                 Ok(true)
@@ -372,4 +382,36 @@ pub fn neighbour(plan: &Plan, stage: StageId, previous: bool) -> Option<StageId>
         let to = if previous { at.checked_sub(1)? } else { at + 1 };
         pipeline.stages.get(to).copied()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_action_reads_what_it_prints(stage: u32, operation in prop::sample::select(OPERATIONS.to_vec()), micro_batch: u32) {
+            let operation = operation.0;
+            let micro_batch = if operation.has_micro_batch() { micro_batch } else { 0 };
+            let action = Action { stage: StageId(stage), operation, micro_batch };
+            prop_assert_eq!(action.to_string().parse::<Action>().unwrap(), action);
+        }
+
+        #[test]
+        fn other_text_is_no_action(text in "[0-9A-Z_ ]{0,12}") {
+            if let Ok(action) = text.parse::<Action>() {
+                prop_assert_eq!(action.to_string().parse::<Action>().unwrap(), action);
+            }
+        }
+    }
+
+    #[test]
+    fn actions_look_as_documented() {
+        let forward = Action { stage: StageId(2), operation: Operation::Forward, micro_batch: 0 };
+        assert_eq!(forward.to_string(), "2F0");
+        for bad in ["", "F0", "2F", "2X0", "2UPDATE1", "4294967296F0", "2F0 ", "é"] {
+            assert!(bad.parse::<Action>().is_err(), "{bad:?} was read");
+        }
+    }
 }
