@@ -3,5 +3,6 @@
 
 pub mod engine;
 mod error;
+pub mod reference;
 
 pub use error::{Error, Result};
