@@ -11,6 +11,7 @@
 //! slices, token files and checkpoints, at most [`MAX_CHUNK`] of them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use hgct_core::canonical::Hash;
 use hgct_core::check::{CheckReport, EngineDescription};
@@ -70,6 +71,11 @@ pub enum ToAgent {
         heartbeat_ns: u64,
         /// Take the coordinator for dead after this silence.
         dead_after_ns: u64,
+    },
+    /// Sign of life; any other message is one too.
+    Heartbeat {
+        /// The coordinator's clock, nanoseconds.
+        now_ns: u64,
     },
     /// Probe devices and answer with an inventory.
     Discover,
@@ -179,8 +185,8 @@ pub enum FromAgent {
     WorkerExited {
         /// Which.
         worker: DeviceId,
-        /// `exit code 1`, `signal 9 (SIGKILL)`, `could not start: …`.
-        cause: String,
+        /// How.
+        exit: Exit,
         /// Last lines of its log.
         log_tail: String,
     },
@@ -205,6 +211,52 @@ pub enum FromAgent {
         /// What.
         message: FromWorker,
     },
+}
+
+/// How a process ended. Prints as `exit code 1`, `signal 9 (SIGKILL)`, `could not start: …`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum Exit {
+    /// By itself.
+    Code {
+        /// Its exit code.
+        code: i32,
+    },
+    /// By a signal.
+    Signal {
+        /// The signal's number.
+        signal: i32,
+    },
+    /// It never ran.
+    NotStarted {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Numbers below 16 are the same on every Linux architecture that frameworks are built for.
+        let name = |signal| match signal {
+            1 => " (SIGHUP)",
+            2 => " (SIGINT)",
+            3 => " (SIGQUIT)",
+            4 => " (SIGILL)",
+            6 => " (SIGABRT)",
+            7 => " (SIGBUS)",
+            8 => " (SIGFPE)",
+            9 => " (SIGKILL)",
+            11 => " (SIGSEGV)",
+            13 => " (SIGPIPE)",
+            15 => " (SIGTERM)",
+            _ => "",
+        };
+        match self {
+            Self::Code { code } => write!(f, "exit code {code}"),
+            Self::Signal { signal } => write!(f, "signal {signal}{}", name(*signal)),
+            Self::NotStarted { reason } => write!(f, "could not start: {reason}"),
+        }
+    }
 }
 
 /// A device that cannot be used.
@@ -244,6 +296,12 @@ pub enum ToWorker {
     Attach {
         /// This worker's device.
         device: DeviceId,
+        /// Engine to open: `torch`, `jax`, …
+        engine: String,
+        /// The framework's device string.
+        device_string: String,
+        /// Plug-in modules to import with the framework.
+        modules: Vec<String>,
         /// Name of the node; peers with the same one share memory.
         node: NodeId,
         /// The data connections' key, as 64 hex digits.
@@ -354,8 +412,6 @@ pub struct WorkerOptions {
     pub timeline_every: u64,
     /// Write a checkpoint when training ends.
     pub final_checkpoint: bool,
-    /// For the benchmark: keep compute, exchange nothing with other ranks.
-    pub alone: bool,
 }
 
 /// A rank's place on the network.
@@ -412,6 +468,7 @@ pub enum FromWorker {
         /// Steps trained so far.
         step: u64,
         /// Sum over tokens, nats.
+        #[serde(with = "crate::float")]
         loss_sum: f64,
         /// Tokens.
         num_tokens: u64,
@@ -463,10 +520,12 @@ pub struct StepReport {
     /// The step, from 0.
     pub step: u64,
     /// Global sum of token losses, nats (the same on every rank).
+    #[serde(with = "crate::float")]
     pub loss_sum: f64,
     /// Global tokens.
     pub num_tokens: u64,
     /// Global gradient norm before clipping (of the mean loss).
+    #[serde(with = "crate::float")]
     pub grad_norm: f64,
     /// Learning rate.
     pub learning_rate: f64,

@@ -18,6 +18,11 @@ pub fn fill(model: &ModelSpec, seed: u64, tensor: &TensorSpec, first: u64, out: 
     }
 }
 
+/// A uniform in (0, 1], a function of seed and counter alone.
+pub fn uniform_at(seed: u64, counter: u64) -> f64 {
+    uniform(mix(seed, counter))
+}
+
 /// A 64-bit key of (seed, name).
 fn tensor_key(seed: u64, name: &str) -> u64 {
     let digest = Hash::of_bytes(format!("hgct-init-1/{seed}/{name}").as_bytes());
