@@ -64,6 +64,10 @@ pub struct Envelope<M> {
 /// Coordinator to agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most messages are Forward: a box would only add an allocation"
+)]
 pub enum ToAgent {
     /// The agent is admitted.
     Welcome {
