@@ -2,25 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 use hgct_core::dtype::MemoryKind;
 use hgct_core::ids::{Generation, Rank};
 
 use crate::buffer::SendBuffer;
-use crate::connect::{ConnectOptions, connect};
+use crate::connect::{ConnectOptions, Connected, Tuning, connect};
 use crate::core::{Core, CoreOptions};
 use crate::error::{Context, Error, Operation, Result};
 use crate::key::run_digest;
 use crate::message::Received;
 use crate::record::{PeerStatistics, TransferRecord};
+use crate::shm::{SharedMemory, watch};
 use crate::stream::StreamTransport;
+use crate::sync::locked;
 use crate::tag::{Tag, TagKind};
 use crate::tcp::Tcp;
 use crate::ticket::{SendState, SendTicket};
 use crate::time::{Deadline, monotonic_ns};
-use crate::transport::{Outgoing, Region, RegionRange, SubmitError, Transport};
+use crate::transport::{Outgoing, Region, RegionRange, Sink, SubmitError, Transport};
 use crate::wire::{FrameKind, Header, MAX_MESSAGE_BYTES, u32_at};
 
 /// How long a drop waits for queued messages and goodbyes.
@@ -42,6 +46,8 @@ pub struct Communicator {
     pub(crate) core: Arc<Core>,
     links: BTreeMap<Rank, Arc<dyn Transport>>,
     ranks: Vec<Rank>,
+    /// Watches the peers on this host.
+    watch: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 impl fmt::Debug for Communicator {
@@ -70,27 +76,47 @@ impl Communicator {
         });
         let mut ranks: Vec<Rank> = options.group.iter().map(|peer| peer.rank).collect();
         ranks.sort_unstable();
-        let mut this = Self { core: Arc::clone(&core), links: BTreeMap::new(), ranks };
-        for (rank, connected) in connected {
-            let sink = Arc::clone(&core);
-            let link = Tcp::new(connected.stream, options.tuning.socket_buffer_bytes)
-                .and_then(|tcp| StreamTransport::start(tcp, rank, sink, options.tuning.queue_bytes));
-            match link {
-                Ok(link) => this.links.insert(rank, Arc::new(link)),
-                Err(source) => {
-                    core.set_links(BTreeMap::new());
-                    this.abort();
-                    return Err(Error::System {
-                        context: Box::new(core.context(Operation::Connect, Some(rank))),
-                        action: "start the threads of a connection",
-                        source: Arc::new(source),
-                    });
-                }
-            };
+        let mut this = Self { core, links: BTreeMap::new(), ranks, watch: Mutex::default() };
+        if let Err((rank, source)) = this.start(connected, &options.tuning) {
+            this.core.set_links(BTreeMap::new());
+            this.abort();
+            return Err(Error::System {
+                context: Box::new(this.core.context(Operation::Connect, Some(rank))),
+                action: "start the threads of a connection",
+                source: Arc::new(source),
+            });
         }
         let weak = this.links.iter().map(|(&rank, link)| (rank, Arc::downgrade(link)));
-        core.set_links(weak.collect());
+        this.core.set_links(weak.collect());
         Ok(this)
+    }
+
+    /// Gives each connection its transport.
+    fn start(
+        &mut self,
+        connected: BTreeMap<Rank, Connected>,
+        tuning: &Tuning,
+    ) -> Result<(), (Rank, io::Error)> {
+        let mut shared = Vec::new();
+        for (rank, Connected { stream, rings, dialled }) in connected {
+            let sink: Arc<dyn Sink> = Arc::clone(&self.core) as _;
+            let limit_bytes = tuning.queue_bytes;
+            let link = (|| -> io::Result<Arc<dyn Transport>> {
+                let Some(rings) = rings else {
+                    let tcp = Tcp::new(stream, tuning.socket_buffer_bytes)?;
+                    return Ok(Arc::new(StreamTransport::start(tcp, rank, sink, limit_bytes)?));
+                };
+                let memory = SharedMemory::new(rings, dialled, stream)?;
+                shared.push(memory.clone());
+                Ok(Arc::new(StreamTransport::start(memory, rank, sink, limit_bytes)?))
+            })();
+            self.links.insert(rank, link.map_err(|source| (rank, source))?);
+        }
+        if !shared.is_empty() {
+            let thread = watch(shared).map_err(|source| (self.core.me, source))?;
+            *locked(&self.watch) = Some(thread);
+        }
+        Ok(())
     }
 
     /// This rank.
@@ -341,6 +367,10 @@ impl Communicator {
         let deadline = Deadline::after(JOIN_WAIT);
         for link in self.links.values() {
             link.join(deadline);
+        }
+        if let Some(watch) = locked(&self.watch).take() {
+            // It ends with the connections that were just shut down.
+            let _ = watch.join();
         }
         all
     }

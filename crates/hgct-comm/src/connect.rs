@@ -5,7 +5,7 @@
 //! most [`STRANGER_NS`], and the oldest stranger makes room for a new one, so they can neither block
 //! nor exhaust the loop.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,6 +20,7 @@ use crate::endpoint::{Listener, Peer};
 use crate::error::{Context, Error, Operation, Refusal, Result};
 use crate::handshake::{Failure, Handshake, Identity, Offer, Progress};
 use crate::key::{RunKey, run_digest};
+use crate::ring::{Offered, Rings};
 use crate::time::{Deadline, monotonic_ns, timespec};
 
 /// A connection that does not prove itself within this time is closed.
@@ -88,6 +89,10 @@ impl Default for Tuning {
 /// A connection that has passed the handshake.
 pub(crate) struct Connected {
     pub(crate) stream: TcpStream,
+    /// Shared memory that both sides have opened.
+    pub(crate) rings: Option<Rings>,
+    /// This side made the connection.
+    pub(crate) dialled: bool,
 }
 
 /// Connects with every other member.
@@ -136,6 +141,7 @@ struct Mesh<'a, 'b> {
     connected: BTreeMap<Rank, Connected>,
     dials: BTreeMap<Rank, Dial>,
     attempts: Vec<Attempt>,
+    sharing: Arc<Sharing>,
     refused: Vec<String>,
 }
 
@@ -158,11 +164,22 @@ struct Attempt {
     /// The TCP connection itself is not there yet.
     connecting: bool,
     handshake: Handshake,
+    sharing: Arc<Sharing>,
+    /// The dialer's offer, until it is answered.
+    offered: Option<Offered>,
+    /// The acceptor's half of an offer that it took.
+    rings: Option<Rings>,
     /// The acceptor has sent its answer and is done once that has left.
     finished: Option<Rank>,
     give_up_ns: u64,
     /// How long to wait for the peer once the TCP connection is there.
     patience_ns: u64,
+}
+
+/// With whom shared memory is used.
+struct Sharing {
+    ranks: BTreeSet<Rank>,
+    ring_bytes: usize,
 }
 
 /// How an attempt stands after it was looked at.
@@ -200,6 +217,7 @@ impl<'a, 'b> Mesh<'a, 'b> {
             connected: BTreeMap::new(),
             dials: dials.collect(),
             attempts: Vec::new(),
+            sharing: Arc::new(Sharing::of(options)),
             refused: Vec::new(),
         }
     }
@@ -266,6 +284,9 @@ impl<'a, 'b> Mesh<'a, 'b> {
                 dialled: Some(rank),
                 connecting: true,
                 handshake: Handshake::dial(self.identity.clone(), rank, nonce),
+                sharing: Arc::clone(&self.sharing),
+                offered: None,
+                rings: None,
                 finished: None,
                 give_up_ns: now_ns + DIAL_NS,
                 patience_ns,
@@ -321,6 +342,9 @@ impl<'a, 'b> Mesh<'a, 'b> {
                     dialled: None,
                     connecting: false,
                     handshake: Handshake::accept(self.identity.clone(), nonce),
+                    sharing: Arc::clone(&self.sharing),
+                    offered: None,
+                    rings: None,
                     finished: None,
                     give_up_ns: monotonic_ns() + STRANGER_NS,
                     patience_ns: 0,
@@ -343,7 +367,12 @@ impl<'a, 'b> Mesh<'a, 'b> {
                 }
                 Outcome::Done(rank) => {
                     // A second connection means that the peer gave the first one up.
-                    self.connected.insert(rank, Connected { stream: attempt.stream });
+                    let connected = Connected {
+                        stream: attempt.stream,
+                        rings: attempt.rings,
+                        dialled: attempt.dialled.is_some(),
+                    };
+                    self.connected.insert(rank, connected);
                 }
                 Outcome::Lost(error) => {
                     note(&mut self.refused, attempt.address, &error.to_string());
@@ -388,6 +417,27 @@ impl<'a, 'b> Mesh<'a, 'b> {
             dial.busy = false;
             dial.postpone(now_ns);
         }
+    }
+}
+
+impl Sharing {
+    fn of(options: &ConnectOptions<'_>) -> Self {
+        let host = |rank: Rank| {
+            options.group.iter().find(|peer| peer.rank == rank).map(|peer| peer.host_id.as_str())
+        };
+        let mine = host(options.me);
+        let others = options
+            .group
+            .iter()
+            .map(|peer| peer.rank)
+            .filter(|&rank| options.shared_memory && rank != options.me && host(rank) == mine);
+        Self { ranks: others.collect(), ring_bytes: options.tuning.ring_bytes }
+    }
+
+    /// Rings for a peer; `None` where it is elsewhere or the system has none to give.
+    fn offer(&self, rank: Rank) -> Option<Offered> {
+        let cookie = self.ranks.contains(&rank).then(nonce)?.ok()?;
+        Rings::offer(self.ring_bytes, cookie).ok()
     }
 }
 
@@ -437,12 +487,23 @@ impl Attempt {
             }
             match self.handshake.receive(&buffer[..read]) {
                 Ok(Progress::Wait) => {}
-                Ok(Progress::MayOffer(_)) => self.handshake.offer(Offer::NONE),
-                Ok(Progress::Offered(rank, _)) => {
-                    self.handshake.answer(false);
+                Ok(Progress::MayOffer(rank)) => {
+                    self.offered = self.sharing.offer(rank);
+                    let offer = self.offered.as_ref().map_or(Offer::NONE, |offered| offered.offer);
+                    self.handshake.offer(offer);
+                }
+                Ok(Progress::Offered(rank, offer)) => {
+                    // Where it cannot be opened, the connection itself serves.
+                    let welcome = self.sharing.ranks.contains(&rank);
+                    self.rings = if welcome { Rings::take(&offer).ok() } else { None };
+                    self.handshake.answer(self.rings.is_some());
                     self.finished = Some(rank);
                 }
-                Ok(Progress::Done(rank, _)) => return Ok(Outcome::Done(rank)),
+                Ok(Progress::Done(rank, taken)) => {
+                    let offered = self.offered.take();
+                    self.rings = if taken { offered.map(|offered| offered.rings) } else { None };
+                    return Ok(Outcome::Done(rank));
+                }
                 Err(failure) => {
                     // The refusal fits the empty socket buffer; if not, the close says enough.
                     let _ = self.write_output();

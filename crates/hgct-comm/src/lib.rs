@@ -71,6 +71,8 @@ mod key;
 mod link;
 mod message;
 mod record;
+mod ring;
+mod shm;
 mod stream;
 mod sync;
 mod tag;

@@ -21,6 +21,9 @@ use crate::wire::{HEADER_BYTES, Header, MAX_MESSAGE_BYTES};
 /// the writer costs more than the copy.
 const INLINE_BYTES: usize = 64 << 10;
 
+/// How long a writer that found the connection ended leaves the report to the reader.
+const READER_REPORTS: Duration = Duration::from_millis(200);
+
 /// Stack of a transport's thread: its call depth is small, and a worker has two of them a peer.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -71,6 +74,8 @@ struct Queue {
     writing: bool,
     /// Takes no more messages.
     closed: bool,
+    /// The reader has reported how the connection ended.
+    reader_ended: bool,
     next_sequence: u64,
 }
 
@@ -302,17 +307,29 @@ impl<S: ByteStream> Shared<S> {
         }
     }
 
+    /// The reader sees what the peer sent before the connection ended, a goodbye perhaps: it is the one
+    /// to report, unless it is busy.
     fn give_up(&self, queued: Queued, error: io::Error) {
-        // The loss comes first, so that whoever finds the queue closed also finds the reason.
-        self.sink.lost(self.peer, Loss::Ended(error));
-        locked(&self.queue).writing = false;
+        let patience = Deadline::after(READER_REPORTS);
+        let mut queue = locked(&self.queue);
+        while !queue.reader_ended && !patience.has_passed() {
+            queue = wait_until(&self.room, queue, patience);
+        }
+        let reported = queue.reader_ended;
+        queue.writing = false;
+        drop(queue);
+        if !reported {
+            self.sink.lost(self.peer, Loss::Ended(error));
+        }
         self.cancel();
         self.sink.dropped(self.peer, queued.message);
     }
 
     fn read_loop(&self) {
         let loss = self.read_until_loss();
+        // The loss comes first, so that whoever finds the queue closed also finds the reason.
         self.sink.lost(self.peer, loss);
+        locked(&self.queue).reader_ended = true;
         self.cancel();
         self.stream.shut_down();
     }

@@ -15,6 +15,9 @@ macro_rules! suite {
         mod tcp {
             $(#[test] fn $name() { super::$name(super::Setup::new(super::Kind::Tcp)); })*
         }
+        mod shared_memory {
+            $(#[test] fn $name() { super::$name(super::Setup::new(super::Kind::SharedMemory)); })*
+        }
     };
 }
 
