@@ -216,8 +216,15 @@ impl Lease {
 
     /// The values, if they are f32 and aligned.
     pub fn as_f32(&self) -> Result<&[f32]> {
-        if self.dtype != DType::F32 || !self.address.cast::<f32>().is_aligned() || !self.size_bytes.is_multiple_of(4) {
-            return Err(crate::Error::Lease { name: self.name.clone(), found: self.dtype, expected: DType::F32 });
+        if self.dtype != DType::F32
+            || !self.address.cast::<f32>().is_aligned()
+            || !self.size_bytes.is_multiple_of(4)
+        {
+            return Err(crate::Error::Lease {
+                name: self.name.clone(),
+                found: self.dtype,
+                expected: DType::F32,
+            });
         }
         // SAFETY: the bytes are valid (see `bytes`), aligned and whole elements (just checked);
         // every bit pattern is an f32.

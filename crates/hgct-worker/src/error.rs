@@ -64,4 +64,28 @@ pub enum Error {
         /// What does not fit.
         message: String,
     },
+    /// A token file cannot be read.
+    #[error("the training data cannot be read")]
+    Data(#[from] hgct_data::Error),
+    /// A message of the agent's pipe is malformed or too large.
+    #[error("the agent's pipe is broken")]
+    Control(#[from] hgct_control::Error),
+    /// An order does not fit what the worker is doing.
+    #[error("order refused: {message}")]
+    Orders {
+        /// What does not fit.
+        message: String,
+    },
+}
+
+/// An error with all its causes, for a log or a report.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }

@@ -3,6 +3,8 @@
 
 pub mod engine;
 mod error;
+pub mod optimizer;
 pub mod reference;
+pub mod train;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, error_chain};
