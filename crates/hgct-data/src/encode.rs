@@ -5,21 +5,25 @@ use std::{panic, thread};
 
 use crate::Result;
 use crate::tokenizer::Tokenizer;
+use crate::words::WordTokenizer;
 
 /// Pieces a batch and thread: enough that a slow piece at the end costs little.
 const PIECES_A_THREAD: usize = 32;
 
 /// Collects pieces and encodes them a batch at a time; the result does not depend on the threads.
 pub(crate) struct Encoder {
-    /// One a thread: the word cache inside is behind a lock.
-    copies: Vec<Tokenizer>,
+    /// One a thread, with the words that it has seen.
+    copies: Vec<WordTokenizer>,
     pieces: Vec<(String, bool)>,
 }
 
 impl Encoder {
     /// An encoder on `threads` threads (at least one).
     pub(crate) fn new(tokenizer: &Tokenizer, threads: usize) -> Self {
-        Self { copies: vec![tokenizer.clone(); threads.max(1)], pieces: Vec::new() }
+        Self {
+            copies: (0..threads.max(1)).map(|_| WordTokenizer::new(tokenizer.clone())).collect(),
+            pieces: Vec::new(),
+        }
     }
 
     /// Takes a piece; an end-of-text token follows it where `ends_document`.
@@ -35,18 +39,19 @@ impl Encoder {
     /// Encodes what was taken, and forgets it; the tokens in the order of the text.
     pub(crate) fn flush(&mut self) -> Result<Vec<u32>> {
         let next = AtomicUsize::new(0);
-        let work = |tokenizer: &Tokenizer| -> Result<Vec<(usize, Vec<u32>)>> {
+        let pieces = &self.pieces;
+        let work = |tokenizer: &mut WordTokenizer| -> Result<Vec<(usize, Vec<u32>)>> {
             let mut encoded = Vec::new();
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some((text, ends_document)) = self.pieces.get(index) else { return Ok(encoded) };
+                let Some((text, ends_document)) = pieces.get(index) else { return Ok(encoded) };
                 let mut tokens = tokenizer.encode(text)?;
                 tokens.extend(ends_document.then(|| tokenizer.end_of_text()));
                 encoded.push((index, tokens));
             }
         };
         let shares: Result<Vec<_>> = thread::scope(|scope| {
-            let threads: Vec<_> = self.copies.iter().map(|copy| scope.spawn(|| work(copy))).collect();
+            let threads: Vec<_> = self.copies.iter_mut().map(|copy| scope.spawn(|| work(copy))).collect();
             let join = |thread: thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
             };

@@ -27,6 +27,7 @@ pub mod split;
 mod storage;
 pub mod token_file;
 pub mod tokenizer;
+mod words;
 
 pub use error::{Error, Result};
 pub use prepare::{Options, Prepared, Progress, TokenizerChoice, prepare};

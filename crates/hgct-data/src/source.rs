@@ -9,10 +9,11 @@ use hgct_core::canonical::Hash;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
+use crate::words::is_safe_cut;
 use crate::{Error, Result};
 
-/// Longest piece in bytes. A longer document is cut, preferably where a line starts without
-/// white space: there the byte-level pre-tokenizer cuts too, so the tokens stay the same.
+/// Longest piece in bytes. A longer document is cut, preferably between two lines where the
+/// byte-level pre-tokenizer cuts too, so that the tokens stay the same.
 pub const PIECE_BYTES: usize = 64 << 10;
 
 /// Longest line of a JSONL file in bytes; a longer one is an error, not an allocation.
@@ -247,11 +248,11 @@ fn describe(error: &serde_json::Error) -> String {
 }
 
 /// Where to end a piece of `text` that is longer than [`PIECE_BYTES`]: at the last line start
-/// without white space, else at the last line start, else before a character.
+/// that is safe, else at the last line start, else before a character.
 fn cut(text: &[u8]) -> usize {
     let window = &text[..text.len().min(PIECE_BYTES)];
     let starts = || (1..window.len()).rev().filter(|&at| window[at - 1] == b'\n');
-    if let Some(at) = starts().find(|&at| window[at].is_ascii_graphic()) {
+    if let Some(at) = starts().find(|&at| is_safe_cut(window, at)) {
         return at;
     }
     if let Some(at) = starts().next() {

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use hgct_core::canonical::Hash;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Trainer as _};
+use tokenizers::{
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, Trainer as _,
+};
 
-use crate::{Error, Result};
+use crate::{Error, Result, words};
 
 /// The token that separates documents in a vocabulary trained here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -29,6 +31,7 @@ pub struct Tokenizer {
     end_of_text: u32,
     end_of_text_name: String,
     vocab_size: u32,
+    plain_byte_level: bool,
 }
 
 impl Tokenizer {
@@ -64,7 +67,10 @@ impl Tokenizer {
         let vocab_size = largest
             .checked_add(1)
             .ok_or_else(|| fail(format!("token id {largest} is the largest of 32 bits")))?;
-        Ok(Self { inner, json, path: path.into(), end_of_text, end_of_text_name: name, vocab_size })
+        let plain_byte_level = is_plain_byte_level(&json);
+        let path = path.into();
+        let end_of_text_name = name;
+        Ok(Self { inner, json, path, end_of_text, end_of_text_name, vocab_size, plain_byte_level })
     }
 
     /// Trains a byte-level BPE of `vocab_size` tokens on `texts`. The same texts in the same order
@@ -89,18 +95,11 @@ impl Tokenizer {
             .special_tokens(vec![end_of_text.clone()])
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build();
-        let byte_level = ByteLevel::new(false, true, true);
-        let words = |text: &str| -> tokenizers::Result<Vec<String>> {
-            use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
-            let mut text = PreTokenizedString::from(text);
-            byte_level.pre_tokenize(&mut text)?;
-            let words = text.get_splits(OffsetReferential::Original, OffsetType::None);
-            Ok(words.into_iter().map(|(word, _, _)| word.to_owned()).collect())
-        };
-        trainer.feed(texts, words).map_err(fail)?;
+        trainer.feed(texts, byte_level_words).map_err(fail)?;
         let mut model = BPE::default();
         trainer.train(&mut model).map_err(fail)?;
         let mut inner = tokenizers::Tokenizer::new(model);
+        let byte_level = byte_level();
         inner.with_pre_tokenizer(Some(byte_level));
         inner.with_decoder(Some(byte_level));
         inner.with_post_processor(Some(byte_level));
@@ -134,6 +133,11 @@ impl Tokenizer {
     /// The name of the token between documents.
     pub fn end_of_text_name(&self) -> &str {
         &self.end_of_text_name
+    }
+
+    /// True where the tokens of a text are those of its byte-level words, one word after another.
+    pub(crate) fn is_plain_byte_level(&self) -> bool {
+        self.plain_byte_level
     }
 
     /// Content of the `tokenizer.json`.
@@ -170,6 +174,45 @@ impl std::fmt::Debug for Tokenizer {
             .field("end_of_text", &self.end_of_text)
             .finish_non_exhaustive()
     }
+}
+
+fn byte_level() -> ByteLevel {
+    ByteLevel::new(false, true, true)
+}
+
+/// The byte-level words of `text`, in the alphabet in which vocabularies write them.
+pub(crate) fn byte_level_words(text: &str) -> tokenizers::Result<Vec<String>> {
+    let mut all = Vec::new();
+    for part in words::parts(text) {
+        if part.is_ascii() {
+            all.extend(words::words(part).map(words::visible));
+        } else {
+            all.extend(library_words(part)?);
+        }
+    }
+    Ok(all)
+}
+
+/// The same by the library alone.
+pub(crate) fn library_words(text: &str) -> tokenizers::Result<Vec<String>> {
+    let mut text = PreTokenizedString::from(text);
+    byte_level().pre_tokenize(&mut text)?;
+    let words = text.get_splits(OffsetReferential::Original, OffsetType::None);
+    Ok(words.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+}
+
+/// No normalizer, no prefix, no dropout, and no added token but special ones.
+fn is_plain_byte_level(json: &[u8]) -> bool {
+    let Ok(json) = serde_json::from_slice::<serde_json::Value>(json) else { return false };
+    let pre = &json["pre_tokenizer"];
+    let added = json["added_tokens"].as_array().map_or(&[][..], Vec::as_slice);
+    json["normalizer"].is_null()
+        && pre["type"] == "ByteLevel"
+        && pre["add_prefix_space"] == false
+        && pre["use_regex"] == true
+        && json["model"]["type"] == "BPE"
+        && json["model"]["dropout"].is_null()
+        && added.iter().all(|token| token["special"] == true)
 }
 
 /// The library would start a thread pool as wide as the machine; the threads are ours to count.
