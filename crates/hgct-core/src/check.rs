@@ -1,5 +1,7 @@
 //! What an engine says of itself, and what the conformance suite found.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
@@ -83,4 +85,59 @@ pub enum Verdict {
     Skipped,
     /// Not as it must be.
     Fail,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Pass => "pass",
+            Self::Skipped => "skipped",
+            Self::Fail => "FAIL",
+        })
+    }
+}
+
+impl fmt::Display for CheckReport {
+    /// A table, one line a check.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let figure = |x: Option<f64>| x.map_or_else(|| "-".into(), |x| format!("{x:.1e}"));
+        writeln!(f, "{} ({}): {}", self.device, self.kind, self.verdict)?;
+        writeln!(f, "  {:<20} {:<8} {:>8} {:>8} {:>7}", "check", "verdict", "error", "allowed", "seconds")?;
+        for row in &self.checks {
+            let CheckRow { name, verdict, seconds, message, .. } = row;
+            let (error, allowed) = (figure(row.error), figure(row.tolerance));
+            writeln!(f, "  {name:<20} {verdict:<8} {error:>8} {allowed:>8} {seconds:>7.2}  {message}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_a_line_a_check() {
+        let row = |verdict, error| CheckRow {
+            name: "block".into(),
+            verdict,
+            error,
+            tolerance: error.map(|_| 1e-5),
+            seconds: 0.25,
+            message: "why".into(),
+        };
+        let report = CheckReport {
+            device: DeviceId::new("local/torch:0").unwrap(),
+            kind: Kind::new("cpu/torch").unwrap(),
+            verdict: Verdict::Fail,
+            checks: vec![row(Verdict::Fail, Some(0.5)), row(Verdict::Skipped, None)],
+        };
+        assert_eq!(
+            report.to_string(),
+            "local/torch:0 (cpu/torch): FAIL\n\
+             \x20 check                verdict     error  allowed seconds\n\
+             \x20 block                FAIL       5.0e-1   1.0e-5    0.25  why\n\
+             \x20 block                skipped         -        -    0.25  why\n"
+        );
+    }
 }

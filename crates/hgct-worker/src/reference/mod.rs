@@ -6,11 +6,12 @@
 //! an engine in one known way, so that a check can be shown to fail.
 
 mod engine;
-
+mod faulty;
 mod layers;
 mod operators;
 
 pub use engine::ReferenceEngine;
+pub use faulty::{Fault, FaultyEngine};
 
 #[cfg(test)]
 mod tests;
