@@ -110,6 +110,29 @@ fn loss_of_power_at_any_change_leaves_the_old_checkpoint_or_the_new_one() {
 }
 
 #[test]
+fn loss_of_power_while_one_is_discarded_leaves_no_manifest_without_shards() {
+    let with_both = || {
+        let disk = with_step_10();
+        write_20(&disk, 2).unwrap();
+        disk.restart(0);
+        disk
+    };
+    let disk = with_both();
+    disk.set_faults(Faults::default());
+    on(&disk).discard(20).unwrap();
+    assert_eq!(newest(&disk), 10);
+    for change in 1..=disk.changes() {
+        for seed in 0..12 {
+            let disk = with_both();
+            disk.set_faults(Faults { power_loss_at: Some(change), ..Faults::default() });
+            let _ = on(&disk).discard(20);
+            disk.restart(seed);
+            newest(&disk);
+        }
+    }
+}
+
+#[test]
 fn short_writes_change_nothing() {
     let disk = with_step_10();
     disk.set_faults(Faults { short_writes: Some(7), ..Faults::default() });
