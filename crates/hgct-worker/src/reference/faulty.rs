@@ -14,6 +14,9 @@ use crate::{Error, Result};
 /// Bytes that [`Fault::GrowingMemory`] keeps at each forward.
 const LEAK_BYTES: usize = 128 << 10;
 
+/// Tokens of a micro-batch that [`Fault::SmallMemory`] still takes.
+pub const SMALL_MEMORY_TOKENS: u64 = 32;
+
 /// One way to be wrong. Most were seen in public reports about frameworks and their plug-ins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -45,6 +48,8 @@ pub enum Fault {
     ReportsTwice,
     /// Logits come from another position.
     ShiftedLogits,
+    /// Forward fails above [`SMALL_MEMORY_TOKENS`] tokens, as a device that is full does.
+    SmallMemory,
 }
 
 /// Wraps an engine and makes it wrong.
@@ -120,6 +125,11 @@ impl<E: Engine> Engine for FaultyEngine<E> {
             self.kept.push(vec![1; LEAK_BYTES]);
         }
         assert!(self.fault != Fault::Panic, "the fault that was asked for");
+        let tokens = inputs.tensors.first().map_or(0, |lease| lease.shape.iter().take(2).product::<u64>());
+        if self.fault == Fault::SmallMemory && tokens > SMALL_MEMORY_TOKENS {
+            let message = format!("{tokens} tokens do not fit");
+            return Err(Error::Engine { engine: "faulty".into(), operation: "forward", message });
+        }
         let output = answer(self.inner.forward(stage, micro_batch, inputs)?)?;
         let shape = output.tensors.first().map(|lease| lease.shape.clone()).unwrap_or_default();
         self.in_flight.push((stage, micro_batch, shape));

@@ -11,7 +11,7 @@ mod layers;
 mod operators;
 
 pub use engine::ReferenceEngine;
-pub use faulty::{Fault, FaultyEngine};
+pub use faulty::{Fault, FaultyEngine, SMALL_MEMORY_TOKENS};
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,315 @@
+//! Time and memory of each kind of layer, through the engine interface.
+
+use std::time::{Duration, Instant};
+
+use hgct_core::init;
+use hgct_core::model::{LayerKind, ModelSpec, TensorSpec};
+use hgct_core::plan::StageId;
+use hgct_core::profile::{LayerProfile, Spread};
+
+use crate::engine::{BackwardPart, Edge, Engine, ImportRows, Lease, StageLoad};
+use crate::runtime::resident_bytes;
+use crate::{Error, Result};
+
+use super::{MICRO_BATCHES, Request, mean_ns, median};
+
+/// Windows of one layer at one size: enough for a median, no more than the budget gives.
+const WINDOWS: std::ops::RangeInclusive<usize> = 3..=9;
+
+/// Micro-batches in flight at most, when memory is measured. The first half fills what earlier
+/// measurements left free.
+const IN_FLIGHT: u32 = 4;
+
+/// Figures of the engine's part.
+pub(super) struct Measured {
+    pub(super) layers: Vec<LayerProfile>,
+    pub(super) import_ps_per_byte: u64,
+    pub(super) action_overhead_ns: u64,
+}
+
+/// One kind of layer as a stage of its own.
+struct Probe {
+    kind: LayerKind,
+    stage: StageId,
+    first_layer: u32,
+    num_layers: u32,
+}
+
+/// Windows of one probe at one size.
+struct Sample {
+    kind: LayerKind,
+    num_layers: u32,
+    micro_batch: u32,
+    forward_ns: Vec<u64>,
+    backward_ns: Vec<u64>,
+    activation_bytes: u64,
+}
+
+/// Measures within the time until `end`.
+pub(super) fn measure(
+    engine: &mut dyn Engine,
+    request: &Request,
+    end: Instant,
+    window: Duration,
+) -> Result<Measured> {
+    let model = ModelSpec { num_layers: request.model.num_layers.clamp(1, 2), ..request.model.clone() };
+    let probes = probes(&model);
+    let import_ps_per_byte = load(engine, &model, &probes, window)?;
+
+    let sizes = sizes(request);
+    let mut samples: Vec<Sample> = Vec::new();
+    let mut left_out = None;
+    let mut cells = sizes.len() * probes.len();
+    'sizes: for micro_batch in sizes {
+        let mut of_size = Vec::new();
+        for probe in &probes {
+            let share = end.saturating_duration_since(Instant::now()) / cells as u32;
+            cells -= 1;
+            let timer = Timer { model: &model, probe, micro_batch, seq_len: request.seq_len, end };
+            match timer.sample(engine, share, window) {
+                Ok(sample) => of_size.push(sample),
+                Err(error) => {
+                    // A size that does not fit leaves nothing in flight for the next.
+                    engine.abort()?;
+                    left_out = Some(error);
+                    cells = cells.saturating_sub(probes.len() - of_size.len() - 1).max(1);
+                    continue 'sizes;
+                }
+            }
+        }
+        samples.extend(of_size);
+    }
+    let overhead = action_overhead_ns(&samples);
+    let layers: Vec<LayerProfile> = samples.iter().filter_map(|sample| sample.row(overhead)).collect();
+    match left_out {
+        Some(error) if layers.is_empty() => Err(error),
+        _ => Ok(Measured { layers, import_ps_per_byte, action_overhead_ns: overhead }),
+    }
+}
+
+/// The sizes that were asked for, ascending: memory of a larger one then exceeds what a smaller
+/// one left free.
+fn sizes(request: &Request) -> Vec<u32> {
+    let mut sizes = request.micro_batches.clone();
+    sizes.retain(|size| *size > 0);
+    sizes.sort_unstable();
+    sizes.dedup();
+    if sizes.is_empty() { MICRO_BATCHES.to_vec() } else { sizes }
+}
+
+fn probes(model: &ModelSpec) -> [Probe; 3] {
+    let probe =
+        |stage, kind, first_layer, num_layers| Probe { kind, stage: StageId(stage), first_layer, num_layers };
+    [
+        probe(0, LayerKind::Embedding, 0, 1),
+        probe(1, LayerKind::Block, 1, model.num_layers),
+        probe(2, LayerKind::Head, model.head_layer(), 1),
+    ]
+}
+
+/// Loads all probes at once and fills their parameters; answers with picoseconds a byte of import.
+fn load(engine: &mut dyn Engine, model: &ModelSpec, probes: &[Probe], window: Duration) -> Result<u64> {
+    let stages: Vec<StageLoad> = probes
+        .iter()
+        .map(|probe| StageLoad {
+            stage: probe.stage,
+            model: model.clone(),
+            layers: probe.first_layer..probe.first_layer + probe.num_layers,
+            recompute: false,
+        })
+        .collect();
+    engine.load(&stages)?;
+    let mut import_ps_per_byte = 0;
+    for (probe, stage) in probes.iter().zip(&stages) {
+        let tensors = model.stage_tensors(stage.layers.clone());
+        let rows: Vec<ImportRows> = tensors
+            .iter()
+            .map(|(_, tensor)| ImportRows { lease: parameter(model, tensor), first_row: 0 })
+            .collect();
+        engine.import(probe.stage, &rows)?;
+        if probe.kind == LayerKind::Block {
+            let bytes: u64 = tensors.iter().map(|(_, tensor)| 4 * tensor.num_elements()).sum();
+            let mut done = Ok(());
+            let mut once = || {
+                if done.is_ok() {
+                    done = engine.import(probe.stage, &rows);
+                }
+            };
+            let ns = median((0..3).map(|_| mean_ns(window, &mut once)).collect());
+            done?;
+            import_ps_per_byte = (ns * 1000).div_ceil(bytes.max(1));
+        }
+        engine.zero_gradients(probe.stage)?;
+    }
+    Ok(import_ps_per_byte)
+}
+
+/// Parameters of the right size: a tile of initial values over and over, since making each
+/// element of a large embedding takes longer than all measurements.
+fn parameter(model: &ModelSpec, tensor: &TensorSpec) -> Lease {
+    const TILE: u64 = 65_537;
+    let count = tensor.num_elements();
+    let mut tile = vec![0.0; count.min(TILE) as usize];
+    init::fill(model, 0, tensor, 0, &mut tile);
+    let values = tile.iter().copied().cycle().take(count as usize).collect();
+    Lease::of_f32(&tensor.name, tensor.shape.clone(), values)
+}
+
+/// The least that an embedding's forward took in any window of the smallest size.
+fn action_overhead_ns(samples: &[Sample]) -> u64 {
+    let smallest = samples.iter().find(|sample| sample.kind == LayerKind::Embedding);
+    smallest.and_then(|sample| sample.forward_ns.iter().copied().min()).unwrap_or(0)
+}
+
+impl Sample {
+    /// The profile's row: one layer, without the overhead of an action.
+    fn row(&self, overhead_ns: u64) -> Option<LayerProfile> {
+        let of_layer = |windows: &[u64]| {
+            let layers = u64::from(self.num_layers);
+            Spread::of(windows.iter().map(|ns| ns.saturating_sub(overhead_ns) / layers).collect())
+        };
+        Some(LayerProfile {
+            layer: self.kind,
+            micro_batch: self.micro_batch,
+            forward: of_layer(&self.forward_ns)?,
+            backward: of_layer(&self.backward_ns)?,
+            activation_bytes: self.activation_bytes,
+        })
+    }
+}
+
+/// Times one probe at one size.
+struct Timer<'a> {
+    model: &'a ModelSpec,
+    probe: &'a Probe,
+    micro_batch: u32,
+    seq_len: u32,
+    end: Instant,
+}
+
+impl Timer<'_> {
+    /// Warms up, which compiles, then takes windows while `share` lasts.
+    fn sample(&self, engine: &mut dyn Engine, share: Duration, window: Duration) -> Result<Sample> {
+        let start = Instant::now();
+        self.pair(engine)?;
+        self.pair(engine)?;
+        let activation_bytes = self.activation_bytes(engine)?;
+        let mut sample = Sample {
+            kind: self.probe.kind,
+            num_layers: self.probe.num_layers,
+            micro_batch: self.micro_batch,
+            forward_ns: Vec::new(),
+            backward_ns: Vec::new(),
+            activation_bytes,
+        };
+        // Warm-up may have eaten the share: then the fewest windows, of half the length.
+        let left = share.saturating_sub(start.elapsed());
+        let window = window.min(left / *WINDOWS.start() as u32).max(window / 2);
+        while sample.forward_ns.len() < *WINDOWS.end() {
+            if sample.forward_ns.len() >= *WINDOWS.start() && start.elapsed() + window > share {
+                break;
+            }
+            let (forward, backward) = self.window(engine, window)?;
+            sample.forward_ns.push(forward);
+            sample.backward_ns.push(backward);
+        }
+        Ok(sample)
+    }
+
+    /// Mean nanoseconds of a forward and of a backward, over pairs until `window` is over.
+    fn window(&self, engine: &mut dyn Engine, window: Duration) -> Result<(u64, u64)> {
+        let (mut forward, mut backward, mut count) = (Duration::ZERO, Duration::ZERO, 0);
+        while forward + backward < window {
+            let (f, b) = self.pair(engine)?;
+            forward += f;
+            backward += b;
+            count += 1;
+        }
+        let mean = |time: Duration| time.as_nanos() as u64 / count;
+        Ok((mean(forward), mean(backward)))
+    }
+
+    /// One forward and its backward.
+    fn pair(&self, engine: &mut dyn Engine) -> Result<(Duration, Duration)> {
+        if Instant::now() > self.end {
+            return Err(Error::Engine {
+                engine: engine.describe().engine.clone(),
+                operation: "profile",
+                message: format!("micro-batches of {} are not reached within the budget", self.micro_batch),
+            });
+        }
+        let (inputs, seed) = (self.inputs(), self.seed());
+        let start = Instant::now();
+        let output = engine.forward(self.probe.stage, 0, inputs)?.wait(self.end)?;
+        let forward = start.elapsed();
+        drop(output);
+        let start = Instant::now();
+        drop(engine.backward(self.probe.stage, 0, BackwardPart::Full, seed, None)?.wait(self.end)?);
+        Ok((forward, start.elapsed()))
+    }
+
+    /// Bytes of one layer that a micro-batch in flight keeps alive.
+    fn activation_bytes(&self, engine: &mut dyn Engine) -> Result<u64> {
+        let counted = counted_activation_bytes(self.model, self.probe.kind, self.micro_batch, self.seq_len);
+        let mut resident = Vec::new();
+        for number in 0..IN_FLIGHT {
+            drop(engine.forward(self.probe.stage, number, self.inputs())?.wait(self.end)?);
+            resident.push(resident_bytes());
+        }
+        engine.abort()?;
+        let half = resident.len() / 2;
+        let grown = resident[2 * half - 1].saturating_sub(resident[half - 1]);
+        let measured = grown / half as u64 / u64::from(self.probe.num_layers);
+        let on_host = engine.describe().device.starts_with("cpu");
+        let input =
+            4 * u64::from(self.micro_batch) * u64::from(self.seq_len) * u64::from(self.model.hidden_size);
+        let plausible = measured <= 4 * counted.max(input);
+        Ok(if on_host && plausible { measured.max(input) } else { counted })
+    }
+
+    fn inputs(&self) -> Edge {
+        match self.probe.kind {
+            LayerKind::Embedding => Edge::new(vec![self.tokens("input_ids")]),
+            LayerKind::Block => Edge::new(vec![self.hidden()]),
+            LayerKind::Head => Edge::new(vec![self.hidden(), self.tokens("labels")]),
+        }
+    }
+
+    fn seed(&self) -> Edge {
+        let head = self.probe.kind == LayerKind::Head;
+        Edge::new(if head { Vec::new() } else { vec![self.hidden()] })
+    }
+
+    fn tokens(&self, name: &str) -> Lease {
+        let count = self.micro_batch * self.seq_len;
+        let vocab = self.model.vocab_size;
+        // A stride through the vocabulary: not one row over and over from a cache.
+        let ids = (0..count).map(|i| (u64::from(i) * 7919 % u64::from(vocab)) as i32).collect();
+        Lease::of_i32(name, self.shape(), ids)
+    }
+
+    fn hidden(&self) -> Lease {
+        let shape = [self.shape(), vec![u64::from(self.model.hidden_size)]].concat();
+        let count: u64 = shape.iter().product();
+        let values = (0..count).map(|i| ((i * 31 % 199) as f32 - 99.0) / 57.0).collect();
+        Lease::of_f32("hidden", shape, values)
+    }
+
+    fn shape(&self) -> Vec<u64> {
+        vec![u64::from(self.micro_batch), u64::from(self.seq_len)]
+    }
+}
+
+/// Bytes that backward of one layer needs of its forward, in f32: inputs of every product, norm
+/// and gate, and the attention weights.
+fn counted_activation_bytes(model: &ModelSpec, kind: LayerKind, micro_batch: u32, seq_len: u32) -> u64 {
+    let [d, f, v] = [model.hidden_size, model.intermediate_size, model.vocab_size].map(u64::from);
+    let (q, kv) =
+        (u64::from(model.num_heads * model.head_dim), u64::from(model.num_kv_heads * model.head_dim));
+    let a_token = match kind {
+        LayerKind::Embedding => 1,
+        LayerKind::Block => 4 * d + 2 * q + 2 * kv + 3 * f + u64::from(model.num_heads) * u64::from(seq_len),
+        LayerKind::Head => 2 * d + v,
+    };
+    4 * a_token * u64::from(micro_batch) * u64::from(seq_len)
+}
