@@ -70,6 +70,9 @@ pub enum Error {
     /// A message of the agent's pipe is malformed or too large.
     #[error("the agent's pipe is broken")]
     Control(#[from] hgct_control::Error),
+    /// A checkpoint shard cannot be made.
+    #[error("the checkpoint cannot be written")]
+    Checkpoint(#[from] hgct_checkpoint::Error),
     /// An order does not fit what the worker is doing.
     #[error("order refused: {message}")]
     Orders {

@@ -36,7 +36,7 @@ pub(super) struct Part {
     pub(super) owned: OwnedSlice,
     /// Number of its first update block among the tensor's.
     first_block: usize,
-    /// Elements of master, m and v that were restored: all or none.
+    /// Elements of parameter, m and v that were restored: all or none.
     restored: [u64; 3],
 }
 
@@ -92,10 +92,11 @@ impl Owned {
     /// Puts restored rows in place.
     pub(super) fn restore(&mut self, slice: &Slice, role: Role, values: &[f32]) -> Result<(), String> {
         let number = match role {
-            Role::Master => 0,
+            // One and the same while the master dtype is the compute dtype.
+            Role::Parameter | Role::Master => 0,
             Role::M => 1,
             Role::V => 2,
-            Role::Parameter | Role::Gradient => return Err(format!("{slice} is not restored from {role:?}")),
+            Role::Gradient => return Err(format!("{slice} is not restored from {role:?}")),
         };
         let mut left = slice.num_elements();
         if values.len() as u64 != left {
@@ -124,10 +125,10 @@ impl Owned {
                 continue;
             }
             if part.restored != [0; 3] {
-                let [master, m, v] = part.restored;
+                let [parameter, m, v] = part.restored;
                 let slice = part.owned.slice();
                 return Err(format!(
-                    "{slice}: of {elements} elements {master} master, {m} m and {v} v were restored"
+                    "{slice}: of {elements} elements {parameter} of the parameter, {m} m and {v} v were restored"
                 ));
             }
             let first = part.owned.slice().begin[0] * part.tensor.row_elements();
@@ -140,7 +141,8 @@ impl Owned {
         let mut entries = Vec::new();
         for part in self.groups.iter().flat_map(|group| &group.parts) {
             let (slice, state) = (part.owned.slice(), part.owned.state(SLOT));
-            for (role, values) in [(Role::Master, &state.parameter), (Role::M, &state.m), (Role::V, &state.v)]
+            for (role, values) in
+                [(Role::Parameter, &state.parameter), (Role::M, &state.m), (Role::V, &state.v)]
             {
                 entries.push((slice.clone(), role, values.clone()));
             }

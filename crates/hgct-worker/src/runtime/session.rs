@@ -1,0 +1,385 @@
+//! The orders of an agent, one after the other.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hgct_comm::{Communicator, ConnectOptions, Deadline, Endpoint, Listener, Peer, RunKey, Tuning};
+use hgct_control::message::{EndpointSpec, FromWorker, PeerSpec, StepReport, ToWorker, WorkerOptions};
+use hgct_core::canonical::Hash;
+use hgct_core::ids::{DeviceId, Generation, Rank};
+use hgct_core::job::Recipe;
+use hgct_core::plan::Plan;
+use hgct_core::profile::LinkProfile;
+use hgct_core::timeline::RankTimeline;
+use hgct_data::TokenFile;
+
+use super::pipe::{Pipe, locked};
+use super::{is_set, resident_bytes, shard};
+use crate::engine::Engine;
+use crate::train::{Progress, StepOutcome, Trainer, TrainerOptions};
+use crate::{Error, Result};
+
+/// What a worker knows between orders.
+pub(super) struct Session {
+    pipe: Arc<Mutex<Pipe>>,
+    progress: Arc<Progress>,
+    stop: Arc<AtomicBool>,
+    attach: ToWorker,
+    listener: Option<Listener>,
+    /// The engine, while no trainer has it.
+    engine: Option<Box<dyn Engine>>,
+    loaded: Option<Loaded>,
+    writer: Option<JoinHandle<Result<()>>>,
+}
+
+/// A generation that was loaded.
+struct Loaded {
+    trainer: Trainer,
+    generation: Generation,
+    options: WorkerOptions,
+    peers: Vec<PeerSpec>,
+}
+
+impl Session {
+    pub(super) fn new(
+        pipe: Arc<Mutex<Pipe>>,
+        progress: Arc<Progress>,
+        stop: Arc<AtomicBool>,
+        attach: ToWorker,
+    ) -> Self {
+        Self { pipe, progress, stop, attach, listener: None, engine: None, loaded: None, writer: None }
+    }
+
+    /// The engine is there: listens for data connections and says hello.
+    pub(super) fn open(&mut self, engine: Box<dyn Engine>) -> Result<()> {
+        let ToWorker::Attach { listen, advertise, .. } = &self.attach else {
+            return Err(self.unfit("attach"));
+        };
+        let listener = Listener::bind(listen)?;
+        let seen: Vec<Endpoint> = if advertise.is_empty() {
+            listener.endpoints()
+        } else {
+            advertise.iter().flat_map(|address| listener.endpoints_at(*address)).collect()
+        };
+        let endpoints = seen
+            .into_iter()
+            .map(|e| EndpointSpec {
+                address: e.address,
+                nic: e.nic,
+                rate_bytes_per_s: e.rate_bytes_per_s,
+                numa: e.numa,
+            })
+            .collect();
+        let description = engine.describe().clone();
+        self.listener = Some(listener);
+        self.engine = Some(engine);
+        self.say(FromWorker::Hello { description, endpoints })
+    }
+
+    /// Carries an order out.
+    pub(super) fn obey(&mut self, order: ToWorker, payload: &[u8], generation: Generation) -> Result<()> {
+        match order {
+            ToWorker::Attach { .. } => Err(self.unfit("a second attach")),
+            ToWorker::Stop | ToWorker::Exit => Ok(()),
+            ToWorker::Check { .. } | ToWorker::Profile { .. } => Err(self.unfit("check and profile")),
+            ToWorker::Load { generation, rank, plan, recipe, train_tokens, held_out_tokens, options } => {
+                self.load(generation, rank, *plan, recipe, &train_tokens, held_out_tokens.as_ref(), options)
+            }
+            ToWorker::Connect { peers, deadline_ns } => {
+                self.connect(peers, Duration::from_nanos(deadline_ns))
+            }
+            ToWorker::MeasureLinks => self.measure_links(),
+            ToWorker::State { slice, role } => {
+                let values = floats(payload).ok_or_else(|| self.unfit("state whose payload is no floats"))?;
+                self.loaded(generation)?.trainer.restore(&slice, role, &values)
+            }
+            ToWorker::Start { step, num_updates, end_step } => {
+                self.train(generation, step, num_updates, end_step)
+            }
+            ToWorker::Generate { prompts, num_tokens, seed, temperature } => {
+                let trainer = &mut self.loaded(generation)?.trainer;
+                match trainer.generate(&prompts, num_tokens, seed, temperature)? {
+                    Some(sequences) => self.say(FromWorker::Generated { sequences }),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the fields of the order, taken apart once")]
+    fn load(
+        &mut self,
+        generation: Generation,
+        rank: Rank,
+        plan: Plan,
+        recipe: Recipe,
+        train: &Hash,
+        held_out: Option<&Hash>,
+        options: WorkerOptions,
+    ) -> Result<()> {
+        self.join_writer()?;
+        let engine = match self.loaded.take() {
+            Some(loaded) => loaded.trainer.into_engine()?,
+            None => self.engine.take().ok_or_else(|| self.unfit("load before the engine is open"))?,
+        };
+        let trainer = Trainer::load(
+            engine,
+            TrainerOptions {
+                plan: Arc::new(plan),
+                rank,
+                recipe,
+                train: TokenFile::open(&self.blob(train)?)?,
+                held_out: held_out
+                    .map(|hash| TokenFile::open(&self.blob(hash)?).map_err(Error::from))
+                    .transpose()?,
+                step_deadline: Duration::from_nanos(options.step_deadline_ns),
+                progress: Arc::clone(&self.progress),
+            },
+        );
+        match trainer {
+            Ok(trainer) => self.loaded = Some(Loaded { trainer, generation, options, peers: Vec::new() }),
+            Err((error, engine)) => {
+                self.engine = Some(engine);
+                return Err(error);
+            }
+        }
+        locked(&self.pipe).enter(generation);
+        self.say(FromWorker::Loaded)
+    }
+
+    fn connect(&mut self, peers: Vec<PeerSpec>, within: Duration) -> Result<()> {
+        let ToWorker::Attach { run_key, .. } = &self.attach else { return Err(self.unfit("attach")) };
+        let key = parse_key(run_key).ok_or_else(|| self.unfit("a run key that is no key"))?;
+        let run = locked(&self.pipe).run().clone();
+        let listener = self.listener.as_ref().ok_or_else(|| self.unfit("connect before hello"))?;
+        let Some(loaded) = &mut self.loaded else { return Err(self.unfit("connect before load")) };
+        if peers.len() > 1 {
+            let endpoint = |e: &EndpointSpec| Endpoint {
+                address: e.address,
+                rate_bytes_per_s: e.rate_bytes_per_s,
+                nic: e.nic.clone(),
+                numa: e.numa,
+            };
+            let comm = Communicator::connect(&ConnectOptions {
+                group: peers
+                    .iter()
+                    .map(|peer| Peer {
+                        rank: peer.rank,
+                        host_id: peer.node.to_string(),
+                        endpoints: peer.endpoints.iter().map(endpoint).collect(),
+                    })
+                    .collect(),
+                me: loaded.trainer.rank(),
+                generation: loaded.generation,
+                run,
+                key,
+                listener,
+                deadline: Deadline::after(within),
+                shared_memory: loaded.options.shared_memory,
+                test_delay_ns: loaded.options.wire_delay_ns,
+                tuning: Tuning::default(),
+            })?;
+            loaded.trainer.connect(comm);
+        }
+        loaded.peers = peers;
+        self.say(FromWorker::Connected)
+    }
+
+    /// Rank after rank measures its links while the others answer.
+    fn measure_links(&mut self) -> Result<()> {
+        let from = self.device()?.clone();
+        let Some(loaded) = &self.loaded else { return Err(self.unfit("measure before load")) };
+        let mut links = Vec::new();
+        if let Some(comm) = loaded.trainer.comm() {
+            let me = loaded.trainer.rank();
+            // All pairs in the same order on every rank, each measured from both ends at once.
+            for (low, a) in loaded.peers.iter().enumerate() {
+                for b in &loaded.peers[low + 1..] {
+                    let other = if a.rank == me {
+                        b
+                    } else if b.rank == me {
+                        a
+                    } else {
+                        continue;
+                    };
+                    let deadline = Deadline::after(Duration::from_secs(20));
+                    let measured = comm.measure_link(other.rank, deadline)?;
+                    links.push(LinkProfile {
+                        from: from.clone(),
+                        to: other.device.clone(),
+                        transport: comm.transport_to(other.rank)?.to_owned(),
+                        latency_ns: measured.latency_ns,
+                        bytes_per_s: measured.bytes_per_s as u64,
+                    });
+                }
+            }
+        }
+        self.say(FromWorker::LinksMeasured { links })
+    }
+
+    /// Trains until `end_step` or until the ranks agree to stop.
+    fn train(&mut self, generation: Generation, start: u64, num_updates: u64, end_step: u64) -> Result<()> {
+        self.loaded(generation)?.trainer.initialise(start, num_updates)?;
+        self.say(FromWorker::Ready)?;
+        let mut step = start;
+        let mut stopped = false;
+        let mut skipped_in_a_row = 0;
+        while step < end_step && !stopped {
+            let stop = is_set(&self.stop);
+            let loaded = self.loaded(generation)?;
+            let outcome = loaded.trainer.step(step, stop)?;
+            let recipe = loaded.trainer.recipe().clone();
+            stopped = outcome.stop;
+            skipped_in_a_row = if outcome.skipped { skipped_in_a_row + 1 } else { 0 };
+            self.report(step, &outcome)?;
+            step += 1;
+            if skipped_in_a_row >= MAX_SKIPPED {
+                // The coordinator counts too and ends the run; what is not finite is not saved.
+                return self.say(FromWorker::Finished { step, stopped: true });
+            }
+            let last = step == end_step || stopped;
+            if last || (recipe.evaluate_every > 0 && step.is_multiple_of(recipe.evaluate_every)) {
+                self.evaluate(generation, step)?;
+            }
+            let due = recipe.checkpoint_every > 0 && step.is_multiple_of(recipe.checkpoint_every);
+            let wanted = self.loaded(generation)?.options.final_checkpoint && last;
+            if (due || wanted) && skipped_in_a_row == 0 {
+                self.checkpoint(generation, step)?;
+            }
+        }
+        self.join_writer()?;
+        self.say(FromWorker::Finished { step, stopped })
+    }
+
+    fn report(&mut self, step: u64, outcome: &StepOutcome) -> Result<()> {
+        let Some(loaded) = &self.loaded else { return Err(self.unfit("a report without a plan")) };
+        let every = loaded.options.timeline_every;
+        let timeline = RankTimeline {
+            rank: loaded.trainer.rank(),
+            device: self.device()?.clone(),
+            clock_offset_ns: 0,
+            clock_uncertainty_ns: 0,
+            actions: outcome.actions.clone(),
+            transfers: outcome.transfers.clone(),
+        };
+        let compute_ns = timeline.compute_ns();
+        let exchange = timeline.actions.iter().filter(|span| !span.action.operation.has_micro_batch());
+        let report = StepReport {
+            step,
+            loss_sum: outcome.loss_sum,
+            num_tokens: outcome.num_tokens,
+            grad_norm: outcome.grad_norm,
+            learning_rate: outcome.learning_rate,
+            skipped: outcome.skipped,
+            step_ns: outcome.step_ns,
+            compute_ns,
+            exchange_ns: exchange.map(|span| span.end_ns - span.start_ns).sum(),
+            exposed_communication_ns: timeline.exposed_communication_ns(),
+            compute_cpu_ns: outcome.compute_cpu_ns,
+            memory_bytes: resident_bytes(),
+        };
+        if every > 0 && step.is_multiple_of(every) {
+            let RankTimeline { actions, transfers, .. } = timeline;
+            self.say(FromWorker::Spans { step, actions, transfers })?;
+        }
+        self.say(FromWorker::StepDone(report))
+    }
+
+    fn evaluate(&mut self, generation: Generation, step: u64) -> Result<()> {
+        let trainer = &mut self.loaded(generation)?.trainer;
+        let rank = trainer.rank();
+        match trainer.evaluate(step)? {
+            Some((loss_sum, num_tokens)) if rank == Rank(0) => {
+                self.say(FromWorker::Evaluated { step, loss_sum, num_tokens })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Copies owned state and lets a thread write it out while training goes on.
+    fn checkpoint(&mut self, generation: Generation, step: u64) -> Result<()> {
+        self.join_writer()?;
+        let trainer = &self.loaded(generation)?.trainer;
+        let (snapshot, num_updates) = (trainer.snapshot(), trainer.num_updates());
+        let pipe = Arc::clone(&self.pipe);
+        let writer = std::thread::Builder::new()
+            .name("hgct-checkpoint".into())
+            .spawn(move || shard::write(&pipe, snapshot, step, num_updates))
+            .map_err(|source| Error::File { operation: "start", path: "checkpoint thread".into(), source })?;
+        self.writer = Some(writer);
+        Ok(())
+    }
+
+    fn join_writer(&mut self) -> Result<()> {
+        match self.writer.take().map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(self.unfit("a panic of the checkpoint thread")),
+        }
+    }
+
+    fn blob(&self, hash: &Hash) -> Result<PathBuf> {
+        let ToWorker::Attach { blobs, .. } = &self.attach else { return Err(self.unfit("attach")) };
+        Ok(PathBuf::from(blobs).join(hash.as_str()))
+    }
+
+    fn device(&self) -> Result<&DeviceId> {
+        match &self.attach {
+            ToWorker::Attach { device, .. } => Ok(device),
+            _ => Err(self.unfit("attach")),
+        }
+    }
+
+    fn engine(&mut self) -> Result<&mut dyn Engine> {
+        match &mut self.engine {
+            Some(engine) => Ok(engine.as_mut()),
+            None => Err(Error::Orders { message: "the engine is busy with a plan".into() }),
+        }
+    }
+
+    /// What was loaded, unless the order belongs to another generation.
+    fn loaded(&mut self, generation: Generation) -> Result<&mut Loaded> {
+        let Some(loaded) = &mut self.loaded else {
+            return Err(Error::Orders { message: "an order that needs a plan came before `load`".into() });
+        };
+        if loaded.generation != generation {
+            let message = format!("an order of {generation} came, {} is loaded", loaded.generation);
+            return Err(Error::Orders { message });
+        }
+        Ok(loaded)
+    }
+
+    fn say(&self, message: FromWorker) -> Result<()> {
+        locked(&self.pipe).send(message, &[])
+    }
+
+    #[allow(clippy::unused_self, reason = "reads as the session's own complaint")]
+    fn unfit(&self, what: &str) -> Error {
+        Error::Orders { message: format!("{what} does not fit here") }
+    }
+}
+
+/// Steps in a row without a finite loss and norm after which a run ends.
+const MAX_SKIPPED: u32 = 3;
+
+/// A key of 64 hex digits.
+fn parse_key(hex: &str) -> Option<RunKey> {
+    let mut key = [0; 32];
+    if hex.len() != 2 * key.len() || !hex.is_ascii() {
+        return None;
+    }
+    for (byte, digits) in key.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(RunKey(key))
+}
+
+fn floats(bytes: &[u8]) -> Option<Vec<f32>> {
+    bytes
+        .len()
+        .is_multiple_of(4)
+        .then(|| bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+}
