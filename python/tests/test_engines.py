@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
@@ -279,12 +280,15 @@ def main(chosen: list[str]) -> int:
     passed = failed = skipped = 0
     with tempfile.TemporaryDirectory() as folder:
         dumps = {row["name"]: str(Path(folder) / f"{row['name']}.npz") for row in rows}
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            usable = [row for row in rows if not row.get("unusable")]
+            calls = {row["name"]: pool.submit(call, row, "dump", row["engine"], dumps[row["name"]]) for row in usable}
         for row in rows:
             if row.get("unusable"):
                 print(f"SKIPPED {row['name']}: {row['unusable']}")
                 skipped += 1
                 continue
-            code, output = call(row, "dump", row["engine"], dumps[row["name"]])
+            code, output = calls[row["name"]].result()
             if code == 0 and len(dumps) > 1:
                 code, output = call(row, "compare", dumps[rows[0]["name"]], dumps[row["name"]])
             print(f"{'ok' if code == 0 else 'FAILED'} {row['name']} ({row['framework_version']}): {output.strip()}")

@@ -147,13 +147,21 @@ def block(g: Geometry, weights: tuple[Array, ...], x: Array, cos: Array, sin: Ar
     q = rotate((y @ wq.T).reshape(b, s, g.heads, g.head_dim), cos, sin)
     k = rotate((y @ wk.T).reshape(b, s, g.kv_heads, g.head_dim), cos, sin)
     v = (y @ wv.T).reshape(b, s, g.kv_heads, g.head_dim)
-    q = q.reshape(b, s, g.kv_heads, g.heads // g.kv_heads, g.head_dim)
-    scores = jnp.einsum("bqngh,bknh->bngqk", q, k) * g.head_dim**-0.5
-    scores = jnp.where(jnp.tri(s, dtype=bool), scores, -jnp.inf)
-    a = jnp.einsum("bngqk,bknh->bqngh", jax.nn.softmax(scores), v)
-    x = x + a.reshape(b, s, -1) @ wo.T
+    # The heads of a group lie one below the other: [b, kv_heads, group * s, head_dim].
+    q = q.swapaxes(1, 2).reshape(b, g.kv_heads, -1, g.head_dim)
+    a = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(b, g.heads, s, g.head_dim)
+    x = x + a.swapaxes(1, 2).reshape(b, s, -1) @ wo.T
     y = rms_norm(x, norm2, g.eps)
     return x + (jax.nn.silu(y @ gate.T) * (y @ up.T)) @ down.T
+
+
+def attention(q: Array, k: Array, v: Array) -> Array:
+    """Causal attention, divided by the softmax's sums at the end, where there is less to divide."""
+    length = k.shape[2]
+    causal = jnp.tile(jnp.tri(length, dtype=bool), (q.shape[2] // length, 1))
+    scores = jnp.where(causal, (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2), -jnp.inf)
+    e = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return (e @ v) / e.sum(-1, keepdims=True)
 
 
 def head(g: Geometry, weights: tuple[Array, ...], x: Array, labels: Array | None) -> Array:

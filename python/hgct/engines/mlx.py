@@ -215,7 +215,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(mask: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    p = mx.softmax(q * q.shape[-1] ** -0.5 @ k.swapaxes(-1, -2) + mask, -1)
+    scores = q * q.shape[-1] ** -0.5 @ k.swapaxes(-1, -2) + mask
+    e = exp(scores - mx.max(scores, -1, keepdims=True))
+    p = e / mx.sum(e, -1, keepdims=True)
     return p @ v, p
 
 
@@ -227,7 +229,7 @@ def attention_gradient(inputs: tuple[Array, ...], da: Array, a: Array, p: Array)
 
 
 def silu(x: Array) -> tuple[Array, Array]:
-    p = mx.sigmoid(x)
+    p = 1 / (1 + exp(-x))
     return x * p, p
 
 
@@ -237,10 +239,27 @@ def silu_gradient(inputs: tuple[Array, ...], dy: Array, y: Array, p: Array) -> t
 
 def loss_sum(labels: Array, logits: Array) -> tuple[Array, Array]:
     shifted = logits - mx.max(logits, -1, keepdims=True)
-    e = mx.exp(shifted)
+    e = exp(shifted)
     total = mx.sum(e, -1, keepdims=True)
     return mx.sum(mx.log(total) - mx.take_along_axis(shifted, labels, -1)).reshape(1), e / total
 
 
 def loss_gradient(labels: Array, _: Any, dy: Array, __: Array, p: Array) -> tuple[Array, ...]:
     return ((p - (mx.arange(p.shape[-1]) == labels)) * dy,)
+
+
+def exp(x: Array) -> Array:
+    """exp(x) for x <= 88, to 8e-8 of its value; at least 1e-38.
+
+    On the CPU of MLX 0.32.4 `mx.exp` errs by 4e-6 and takes three times as long. Cephes' `expf`:
+    a power of two by the bits of the exponent, a polynomial for the rest.
+    """
+    if mx.default_device().type != mx.cpu:
+        return mx.exp(x)
+    x = mx.clip(x, -87.0, 88.0)
+    n = (x * 1.44269504 + 12582912.0) - 12582912.0
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    y = r * 1.9875691500e-4 + 1.3981999507e-3
+    for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = y * r + coefficient
+    return (y * (r * r) + r + 1) * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)

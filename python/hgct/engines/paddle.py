@@ -92,28 +92,40 @@ class PaddleEngine(Engine):
         if layer.kind == EMBEDDING:
             return F.embedding(x, *weights)
         if layer.kind == BLOCK:
-            return block(stage.model, weights, x, *self._tables(stage, x.shape[1]))
+            return block(stage.model, weights, x, *self._tables(stage, x.shape))
         return head(stage.model, weights, x, labels)
 
-    def _tables(self, stage: Stage, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Cosines and sines [s, 1, head_dim / 2]; the causal mask, repeated for a group's heads."""
-        if length not in stage.tables:
-            cos, sin = (paddle.to_tensor(table[:, None, :]) for table in stage.model.rotation(length))
+    def _tables(self, stage: Stage, shape: list[int]) -> tuple[Tensor, ...]:
+        """Rotary tables for the queries and keys of one batch; the causal mask of a group's heads."""
+        batch, length = shape[:2]
+        if (batch, length) not in stage.tables:
+            model = stage.model
+            cos, sin = (table[:, None, :] for table in model.rotation(length))
+            # Written out in full: broadcasting is several times dearer than reading them.
+            tables = [np.concatenate(halves, -1) for halves in ((cos, cos), (-sin, sin))]
+            full = [
+                paddle.to_tensor(np.tile(table, (batch, 1, heads, 1)))
+                for heads in (model.heads, model.kv_heads)
+                for table in tables
+            ]
             mask = np.triu(np.full((length, length), -np.inf, np.float32), 1)
-            group = stage.model.heads // stage.model.kv_heads
-            stage.tables[length] = cos, sin, paddle.to_tensor(np.tile(mask, (group, 1)))
-        return stage.tables[length]
+            group = model.heads // model.kv_heads
+            stage.tables[batch, length] = *full, paddle.to_tensor(np.tile(mask, (group, 1)))
+        return stage.tables[batch, length]
 
 
-def block(model: Model, weights: tuple[Tensor, ...], x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+def block(
+    model: Model, weights: tuple[Tensor, ...], x: Tensor, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor,
+    mask: Tensor,
+) -> Tensor:
     """A decoder block: x [b, s, d]."""
     norm1, wq, wk, wv, wo, norm2, gate, up, down = weights
     b, s, _ = x.shape
     y = rms_norm(x, norm1, model.eps)
     q, k, v = (linear(y, weight).reshape([b, s, -1, model.head_dim]) for weight in (wq, wk, wv))
     # The heads of a group lie one below the other: [b, kv_heads, group * s, head_dim].
-    q = rotate(q, cos, sin).transpose([0, 2, 1, 3]).reshape([b, model.kv_heads, -1, model.head_dim])
-    k, v = rotate(k, cos, sin).transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
+    q = rotate(q, cos_q, sin_q).transpose([0, 2, 1, 3]).reshape([b, model.kv_heads, -1, model.head_dim])
+    k, v = rotate(k, cos_k, sin_k).transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
     scores = paddle.matmul(q * model.head_dim**-0.5, k, transpose_y=True) + mask
     a = paddle.matmul(F.softmax(scores), v).reshape([b, model.heads, s, model.head_dim])
     x = x + linear(a.transpose([0, 2, 1, 3]).reshape([b, s, -1]), wo)
@@ -135,10 +147,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+    # Spread by a product with ones, whose gradient is a fast product too; that of broadcasting is slow.
+    rows = x.size // weight.size
+    spread = paddle.matmul(paddle.ones([rows, 1]), weight.reshape([1, -1])).reshape(x.shape)
+    return x * paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps) * spread
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [b, s, heads, head_dim]; the halves are the two coordinates."""
-    a, b = x.chunk(2, -1)
-    return paddle.concat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary embedding of x [b, s, heads, head_dim]; the sign of the first half is in `sin`."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
