@@ -1,10 +1,12 @@
 //! Where ranks can be reached.
 
 use std::fmt;
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use hgct_core::ids::Rank;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Error, Result};
 
@@ -58,10 +60,7 @@ impl Listener {
     pub fn bind(addresses: &[SocketAddr]) -> Result<Self> {
         let mut listener = Self { sockets: Vec::new(), endpoints: Vec::new() };
         for &address in addresses {
-            let bound = TcpListener::bind(address).and_then(|socket| {
-                socket.set_nonblocking(true)?;
-                Ok((socket.local_addr()?, socket))
-            });
+            let bound = bind(address).and_then(|socket| Ok((socket.local_addr()?, socket)));
             let (local, socket) =
                 bound.map_err(|source| Error::Bind { address, source: Arc::new(source) })?;
             listener.endpoints.push(Endpoint::new(local));
@@ -86,6 +85,18 @@ impl Listener {
         let seen = |endpoint: &Endpoint| Endpoint::new(SocketAddr::new(address, endpoint.address.port()));
         self.endpoints.iter().map(seen).collect()
     }
+}
+
+/// Connections that may wait to be taken: strangers must not fill the queue before a peer comes.
+const BACKLOG: i32 = 1024;
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
 }
 
 #[cfg(test)]

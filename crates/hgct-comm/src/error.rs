@@ -177,8 +177,10 @@ pub enum Error {
         /// Why.
         refusal: Refusal,
     },
-    /// The other side could not prove that it has the key of the run.
-    #[error("{context}: {address} does not have the key of this run")]
+    /// One side could not prove to the other that it has the key of the run.
+    #[error(
+        "{context}: {address} and this side do not have the same key: start both with the token of this run"
+    )]
     WrongKey {
         /// What was being done.
         context: Box<Context>,

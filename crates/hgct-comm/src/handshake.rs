@@ -388,3 +388,203 @@ fn read_refusal(body: &[u8]) -> Refusal {
         _ => Refusal::Rank,
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn identity(me: u32) -> Identity {
+        Identity {
+            me: Rank(me),
+            members: vec![Rank(0), Rank(1), Rank(2)],
+            generation: Generation { epoch: 2, sequence: 7 },
+            run: [9; 32],
+            key: RunKey([5; 32]),
+        }
+    }
+
+    /// Lets two sides talk until both wait, with a hand on every frame; gives how each ended.
+    fn talk(
+        mut dialer: Handshake,
+        mut acceptor: Handshake,
+        mut hand: impl FnMut(usize, Vec<u8>) -> Vec<u8>,
+    ) -> (Result<Progress, Failure>, Result<Progress, Failure>) {
+        let mut ends = (Ok(Progress::Wait), Ok(Progress::Wait));
+        for frame in 0..20 {
+            let to_acceptor = !dialer.output().is_empty();
+            let from = if to_acceptor { &mut dialer } else { &mut acceptor };
+            let bytes = std::mem::take(from.output());
+            if bytes.is_empty() {
+                break;
+            }
+            let (side, end) =
+                if to_acceptor { (&mut acceptor, &mut ends.1) } else { (&mut dialer, &mut ends.0) };
+            match feed(side, &hand(frame, bytes)) {
+                Ok(Progress::Wait) => {}
+                Ok(Progress::MayOffer(_)) => side.offer(Offer::NONE),
+                Ok(Progress::Offered(rank, _)) => {
+                    side.answer(false);
+                    *end = Ok(Progress::Done(rank, false));
+                }
+                other => *end = other,
+            }
+        }
+        ends
+    }
+
+    /// Hands bytes over in the pieces that are asked for.
+    fn feed(side: &mut Handshake, mut bytes: &[u8]) -> Result<Progress, Failure> {
+        let mut last = Ok(Progress::Wait);
+        while !bytes.is_empty() && side.wanted() > 0 {
+            let (now, later) = bytes.split_at(side.wanted().min(bytes.len()));
+            bytes = later;
+            last = side.receive(now);
+            if !matches!(last, Ok(Progress::Wait)) {
+                break;
+            }
+        }
+        last
+    }
+
+    fn pair(dialer: Identity, acceptor: Identity) -> (Handshake, Handshake) {
+        (Handshake::dial(dialer, Rank(0), [1; 32]), Handshake::accept(acceptor, [2; 32]))
+    }
+
+    fn untouched(_: usize, bytes: Vec<u8>) -> Vec<u8> {
+        bytes
+    }
+
+    #[test]
+    fn both_sides_learn_who_the_other_is() {
+        let (dialer, acceptor) = pair(identity(2), identity(0));
+        let ends = talk(dialer, acceptor, untouched);
+        assert_eq!(ends.0, Ok(Progress::Done(Rank(0), false)));
+        assert_eq!(ends.1, Ok(Progress::Done(Rank(2), false)));
+    }
+
+    #[test]
+    fn another_key_run_generation_or_rank_is_refused_for_its_reason() {
+        let refused = |change: &dyn Fn(&mut Identity)| {
+            let mut other = identity(2);
+            change(&mut other);
+            let (dialer, acceptor) = pair(other, identity(0));
+            talk(dialer, acceptor, untouched).0.unwrap_err()
+        };
+        assert_eq!(refused(&|who| who.key = RunKey([6; 32])), Failure::Refused(Refusal::Key));
+        assert_eq!(refused(&|who| who.run = [1; 32]), Failure::Refused(Refusal::Run));
+        let theirs = identity(0).generation;
+        let older = Generation { epoch: 2, sequence: 6 };
+        assert_eq!(refused(&|who| who.generation = older), Failure::Refused(Refusal::Generation { theirs }));
+        assert_eq!(refused(&|who| who.me = Rank(9)), Failure::Refused(Refusal::Rank));
+        assert_eq!(refused(&|who| who.me = Rank(0)), Failure::Refused(Refusal::Rank));
+        let (dialer, acceptor) = pair(identity(2), identity(1));
+        assert!(talk(dialer, acceptor, untouched).0.is_err(), "meant for rank 0, taken by rank 1");
+    }
+
+    #[test]
+    fn an_acceptor_without_the_key_learns_nothing_it_could_use() {
+        // It takes any proof, and sends a welcome made with its own key.
+        let mut imposter = identity(0);
+        imposter.key = RunKey([6; 32]);
+        let mut dialer = Handshake::dial(identity(2), Rank(0), [1; 32]);
+        let hello = std::mem::take(dialer.output());
+        let mut fake = Handshake::accept(imposter, [2; 32]);
+        fake.hello = hello[PREFIX_BYTES..].to_vec();
+        fake.challenge = [2; 32];
+        fake.put(CHALLENGE, &[2; 32]);
+        assert_eq!(feed(&mut dialer, &std::mem::take(fake.output())), Ok(Progress::Wait));
+        let proof = std::mem::take(dialer.output());
+        let mut reflected = proof.clone();
+        reflected[6] = WELCOME;
+        let welcome = fake.identity.key.proof(&fake.transcript(b"acceptor"));
+        fake.put(WELCOME, &welcome);
+        for answer in [reflected, std::mem::take(fake.output())] {
+            let mut dialer = Handshake::dial(identity(2), Rank(0), [1; 32]);
+            dialer.challenge = [2; 32];
+            dialer.state = State::Welcome;
+            assert_eq!(feed(&mut dialer, &answer), Err(Failure::Key));
+        }
+    }
+
+    #[test]
+    fn a_recording_proves_nothing() {
+        let mut recorded = Vec::new();
+        let (dialer, acceptor) = pair(identity(2), identity(0));
+        let ends = talk(dialer, acceptor, |frame, bytes| {
+            if frame % 2 == 0 {
+                recorded.push(bytes.clone());
+            }
+            bytes
+        });
+        assert!(ends.1.is_ok() && recorded.len() == 3);
+        let mut fresh = Handshake::accept(identity(0), [3; 32]);
+        assert_eq!(feed(&mut fresh, &recorded[0]), Ok(Progress::Wait));
+        assert_eq!(feed(&mut fresh, &recorded[1]), Err(Failure::Key));
+    }
+
+    #[test]
+    fn other_versions_are_refused_with_both_numbers() {
+        let mut acceptor = Handshake::accept(identity(0), [2; 32]);
+        let mut hello = std::mem::take(Handshake::dial(identity(2), Rank(0), [1; 32]).output());
+        hello[4] = 77;
+        let failure = feed(&mut acceptor, &hello).unwrap_err();
+        assert_eq!(failure, Failure::Version(77));
+        assert!(failure.text().contains("77") && failure.text().contains('1'));
+        let refusal = std::mem::take(acceptor.output());
+        let mut dialer = Handshake::dial(identity(2), Rank(0), [1; 32]);
+        let failure = feed(&mut dialer, &refusal).unwrap_err();
+        assert_eq!(failure, Failure::Refused(Refusal::Version { theirs: PROTOCOL_VERSION }));
+    }
+
+    #[test]
+    fn a_length_is_refused_before_its_bytes_are_read() {
+        let mut acceptor = Handshake::accept(identity(0), [2; 32]);
+        let mut prefix = std::mem::take(Handshake::dial(identity(2), Rank(0), [1; 32]).output());
+        prefix.truncate(PREFIX_BYTES);
+        prefix[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(matches!(feed(&mut acceptor, &prefix), Err(Failure::Malformed(_))));
+        assert_eq!(acceptor.wanted(), 0);
+        assert!(acceptor.output().is_empty(), "a stranger hears nothing");
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_bit_never_authenticates(frame in 0usize..4, at in 0usize..100, bit in 0u8..8) {
+            let (dialer, acceptor) = pair(identity(2), identity(0));
+            let mut changed = false;
+            let ends = talk(dialer, acceptor, |number, mut bytes| {
+                if number == frame && at < bytes.len() {
+                    bytes[at] ^= 1 << bit;
+                    changed = true;
+                }
+                bytes
+            });
+            let done = |end: &Result<Progress, Failure>| matches!(end, Ok(Progress::Done(..)));
+            prop_assert_eq!(done(&ends.0) && done(&ends.1), !changed, "{:?}", ends);
+        }
+
+        #[test]
+        fn garbage_never_panics_or_passes(
+            bytes in prop::collection::vec(any::<u8>(), 0..400),
+            magic in any::<bool>(),
+            dialled in any::<bool>(),
+        ) {
+            let mut bytes = bytes;
+            if magic && bytes.len() >= PREFIX_BYTES {
+                let kind = 1 + bytes[6] % 7;
+                bytes[..8].copy_from_slice(&[b'h', b'g', b'c', b't', 1, 0, kind, 0]);
+                let length = body_bytes(kind).unwrap_or(0) as u32;
+                bytes[8..12].copy_from_slice(&length.to_le_bytes());
+            }
+            let mut side = if dialled {
+                Handshake::dial(identity(2), Rank(0), [1; 32])
+            } else {
+                Handshake::accept(identity(0), [2; 32])
+            };
+            let end = feed(&mut side, &bytes);
+            prop_assert!(matches!(end, Ok(Progress::Wait) | Err(_)), "{:?}", end);
+        }
+    }
+}

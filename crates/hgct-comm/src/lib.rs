@@ -67,6 +67,8 @@ mod core;
 mod endpoint;
 mod error;
 mod handshake;
+#[cfg(test)]
+mod hostile;
 mod key;
 mod link;
 mod message;

@@ -166,7 +166,7 @@ pub(crate) enum Side {
     Writer,
 }
 
-impl Ring<'_> {
+impl<'a> Ring<'a> {
     /// Copies what fits of `bytes` and says how much that was.
     pub(crate) fn write(self, bytes: &[u8]) -> io::Result<usize> {
         let (held, _, tail) = self.counts()?;
@@ -274,18 +274,18 @@ impl Ring<'_> {
         unsafe { self.rings.start.as_ptr().add(CONTROL_BYTES + self.index * self.size()) }
     }
 
-    fn count(self, at: usize) -> &'static AtomicU64 {
+    fn count(self, at: usize) -> &'a AtomicU64 {
         // SAFETY: as in `waits`, and aligned to 8.
         unsafe { AtomicU64::from_ptr(self.control(at).cast()) }
     }
 
-    fn waits(self, side: Side) -> &'static AtomicU32 {
+    fn waits(self, side: Side) -> &'a AtomicU32 {
         let at = match side {
             Side::Reader => 64,
             Side::Writer => 192,
         };
         // SAFETY: the word lies in the control block, aligned to 4, and is only used as an atomic
-        // by both processes. The reference is used inside calls that borrow the mapping.
+        // by both processes. The reference lives no longer than the mapping is borrowed.
         unsafe { AtomicU32::from_ptr(self.control(at).cast()) }
     }
 
