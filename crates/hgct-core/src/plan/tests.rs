@@ -98,9 +98,12 @@ fn weights_decide_who_updates() {
     assert!(b > a);
 }
 
+/// Micro-batch size, micro-batches, and layers a rank.
+type Sketch = (u32, u32, Vec<(Rank, u32)>);
+
 #[test]
 fn what_a_plan_may_not_be() {
-    let build = |pipelines: &[(u32, u32, Vec<(Rank, u32)>)], ranks: u32| {
+    let build = |pipelines: &[Sketch], ranks: u32| {
         let mut builder = PlanBuilder::new(model(false), 16, 8).ranks((0..ranks).map(rank));
         for (size, count, stages) in pipelines {
             builder = builder.pipeline(*size, *count, stages);

@@ -1,0 +1,120 @@
+//! The one error type of this crate.
+
+use hgct_core::ids::{DeviceId, NodeId};
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why there is no plan. All of these are the input's fault (exit code 2).
+#[derive(Debug, thiserror::Error, PartialEq, Eq, Clone)]
+#[non_exhaustive]
+pub enum Error {
+    /// No device may be used.
+    #[error("no device to plan for: {reason}")]
+    NoDevices {
+        /// Why there is none, and what to do.
+        reason: String,
+    },
+    /// The policy names a device that the cluster lacks.
+    #[error("job: `policy.devices` names {device}, which the cluster does not have (it has: {known})")]
+    UnknownDevice {
+        /// The device.
+        device: DeviceId,
+        /// The cluster's devices.
+        known: String,
+    },
+    /// A device was not measured.
+    #[error("profile: {device} has no row{detail}; run `hgct profile`, or leave it out by `policy.devices`")]
+    NotMeasured {
+        /// The device.
+        device: DeviceId,
+        /// What exactly is missing.
+        detail: String,
+    },
+    /// The profile is of something else.
+    #[error("profile: {what} is {found}, but the job has {expected}; run `hgct profile` again")]
+    OtherProfile {
+        /// Which field.
+        what: &'static str,
+        /// In the profile.
+        found: String,
+        /// In the job.
+        expected: String,
+    },
+    /// Two devices have no link between them.
+    #[error("profile: no link from {from} to {to}; run `hgct profile` with both")]
+    NoLink {
+        /// Sender.
+        from: DeviceId,
+        /// Receiver.
+        to: DeviceId,
+    },
+    /// The model does not fit, however it is cut.
+    #[error(
+        "the model fits nowhere: the best try needs {needed_bytes} bytes on {device}, which has {limit_bytes}: \
+         {missing_bytes} are missing; give it more memory in its grant, use smaller micro-batches, or add devices"
+    )]
+    DoesNotFit {
+        /// Where the least is missing.
+        device: DeviceId,
+        /// Bytes that it would need.
+        needed_bytes: u64,
+        /// Bytes that it has.
+        limit_bytes: u64,
+        /// The difference.
+        missing_bytes: u64,
+    },
+    /// The devices of a node need more than the node has.
+    #[error("the model does not fit on node {node}: {needed_bytes} bytes needed, {limit_bytes} there")]
+    NodeFull {
+        /// The node.
+        node: NodeId,
+        /// Bytes that its devices would need.
+        needed_bytes: u64,
+        /// Bytes that it has.
+        limit_bytes: u64,
+    },
+    /// No number of micro-batches gives the global batch.
+    #[error(
+        "job: `recipe.global_batch` is {global_batch}, which no sum of micro-batches of {sizes:?} samples gives\
+         {limit}; nearest that work: {nearest}"
+    )]
+    Batch {
+        /// Samples a step.
+        global_batch: u32,
+        /// Micro-batch sizes that may be used.
+        sizes: Vec<u32>,
+        /// A limit that matters, in words; may be empty.
+        limit: String,
+        /// Nearest batches that work.
+        nearest: String,
+    },
+    /// The policy asks for a micro-batch size that was not measured.
+    #[error("job: `policy.micro_batches` has {found}, which was not measured (measured: {measured:?})")]
+    MicroBatch {
+        /// The size.
+        found: u32,
+        /// What the profile has.
+        measured: Vec<u32>,
+    },
+    /// The policy asks for more kinds than can take part.
+    #[error("job: `policy.min_kinds` is {wanted}, but {reason}")]
+    MinKinds {
+        /// What is asked for.
+        wanted: u32,
+        /// Why that cannot be.
+        reason: String,
+    },
+    /// The policy's shape allows no plan.
+    #[error("job: `policy.shape` allows no plan: {reason}")]
+    Shape {
+        /// Why.
+        reason: String,
+    },
+    /// The search was ended before it had any plan.
+    #[error("the search was ended before it had a plan; give it a larger budget")]
+    Budget,
+    /// A document breaks its own rules.
+    #[error(transparent)]
+    Core(#[from] hgct_core::Error),
+}

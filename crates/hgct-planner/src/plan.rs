@@ -1,0 +1,268 @@
+//! From the documents to the plan and its reasons.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hgct_core::canonical::Hash;
+use hgct_core::cluster::ClusterSpec;
+use hgct_core::job::{JobSpec, PlanShape};
+use hgct_core::model::ModelSpec;
+use hgct_core::plan::{Plan, Prediction, RankPrediction};
+use hgct_core::profile::Profile;
+use hgct_core::timeline::Timeline;
+
+use crate::evaluate::Evaluated;
+use crate::exchange::owned;
+use crate::explain::{Explanation, Rejected, explain};
+use crate::fleet::Fleet;
+use crate::program::Group;
+use crate::search::{Outcome, Space, least_missing, search};
+use crate::simulate::simulate;
+use crate::{Error, Result};
+
+/// What a plan is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanInput<'a> {
+    /// The job: batch, sequence length and policy.
+    pub job: &'a JobSpec,
+    /// The model that the job names.
+    pub model: &'a ModelSpec,
+    /// The cluster with its grants.
+    pub cluster: &'a ClusterSpec,
+    /// What was measured on it.
+    pub profile: &'a Profile,
+}
+
+/// How long a search may go on. The same budget gives the same plan, byte for byte, unless the stop
+/// flag ends it.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget<'a> {
+    /// Partial plans that are looked at.
+    pub nodes: u64,
+    /// Whole plans that are simulated.
+    pub simulations: u64,
+    /// Set by the caller to end the search with the best plan so far.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Default for Budget<'_> {
+    /// Well below a second for four devices.
+    fn default() -> Self {
+        Self { nodes: 20_000_000, simulations: 4_000, stop: None }
+    }
+}
+
+impl Budget<'_> {
+    /// A budget that no small instance exhausts.
+    pub const UNLIMITED: Budget<'static> = Budget { nodes: u64::MAX, simulations: u64::MAX, stop: None };
+
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
+    fn part(&self, of: u64) -> Self {
+        Self { nodes: (self.nodes / of).max(1), simulations: (self.simulations / of).max(1), stop: self.stop }
+    }
+}
+
+/// A plan with its reasons.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Planned {
+    /// The plan, prediction included.
+    pub plan: Plan,
+    /// Why this one.
+    pub explanation: Explanation,
+    /// The predicted step.
+    pub timeline: Timeline,
+}
+
+/// Plans a job: the fastest plan under the profile that the policy allows.
+pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
+    let fleet = Fleet::new(input)?;
+    let policy = &input.job.policy;
+    if policy.min_kinds as usize > fleet.kinds.len() {
+        return Err(Error::MinKinds {
+            wanted: policy.min_kinds,
+            reason: format!("there are {} kinds to plan for", fleet.kinds.len()),
+        });
+    }
+    let mut planner = Planner { fleet: &fleet, budget, rejected: Vec::new(), start: None };
+    let without = planner.without_each()?;
+    planner.others()?;
+    let space = Planner::space(fleet.counts(), policy.shape, policy.min_kinds);
+    let outcome = search(&fleet, &space, planner.start.take(), budget)?;
+    let Some(best) = outcome.best.clone() else { return Err(no_plan(&fleet, &space, &outcome)) };
+    let rejected = planner.rejected;
+    finish(&fleet, &best, &outcome, &without, rejected)
+}
+
+/// Of each class: the fastest plan without one of its devices.
+type Without = Vec<Option<u64>>;
+
+struct Planner<'a> {
+    fleet: &'a Fleet<'a>,
+    budget: &'a Budget<'a>,
+    rejected: Vec<Rejected>,
+    /// The best so far that the policy allows.
+    start: Option<Evaluated>,
+}
+
+impl Planner<'_> {
+    fn space(counts: Vec<u8>, shape: PlanShape, min_kinds: u32) -> Space {
+        Space {
+            counts,
+            data_parallel: shape == PlanShape::DataParallel,
+            one_pipeline: shape == PlanShape::Pipeline,
+            min_kinds,
+        }
+    }
+
+    /// Remembers a plan as the search's start, if the policy allows it.
+    fn offer(&mut self, found: Option<&Evaluated>) {
+        let policy = &self.fleet.input.job.policy;
+        let Some(found) = found else { return };
+        let pipelines = &found.sketch.pipelines;
+        let used: usize = pipelines.iter().map(|(choice, _)| choice.stages.len()).sum();
+        let allowed = match policy.shape {
+            PlanShape::Any => true,
+            PlanShape::DataParallel => pipelines.iter().all(|(choice, _)| choice.stages.len() == 1),
+            PlanShape::Pipeline => pipelines.len() == 1 && used == self.fleet.devices.len(),
+        };
+        if allowed
+            && found.sketch.kinds_that_count(self.fleet) >= policy.min_kinds
+            && self.start.as_ref().is_none_or(|best| found.step_ns < best.step_ns)
+        {
+            self.start = Some(found.clone());
+        }
+    }
+
+    /// The best plan without one device of each class, in the policy's shape.
+    fn without_each(&mut self) -> Result<Without> {
+        let fleet = self.fleet;
+        let num = fleet.classes.len();
+        let mut without = vec![None; num];
+        if fleet.devices.len() == 1 {
+            return Ok(without);
+        }
+        let budget = self.budget.part(4 * num as u64);
+        for (class, best_ns) in without.iter_mut().enumerate() {
+            let mut counts = fleet.counts();
+            counts[class] -= 1;
+            let space = Self::space(counts, fleet.input.job.policy.shape, 0);
+            let outcome = search(fleet, &space, None, &budget)?;
+            *best_ns = outcome.best.as_ref().map(|best| best.step_ns);
+            self.offer(outcome.best.as_ref());
+        }
+        Ok(without)
+    }
+
+    /// Plans that a person would think of.
+    fn others(&mut self) -> Result<()> {
+        let fleet = self.fleet;
+        let all = fleet.counts();
+        let mut spaces = Vec::new();
+        if fleet.devices.len() > 1 {
+            spaces.push(("data parallel".to_owned(), Self::space(all.clone(), PlanShape::DataParallel, 0)));
+            let one = Self::space(all.clone(), PlanShape::Pipeline, 0);
+            spaces.push(("one pipeline over all".to_owned(), one));
+        }
+        if fleet.kinds.len() > 1 {
+            for (k, kind) in fleet.kinds.iter().enumerate() {
+                let only = |c: usize| if fleet.of_class(c).0.kind == k { all[c] } else { 0 };
+                let counts = (0..all.len()).map(only).collect();
+                spaces.push((format!("{kind} alone"), Self::space(counts, PlanShape::Any, 0)));
+            }
+        }
+        let budget = self.budget.part(4 * spaces.len().max(1) as u64);
+        for (name, space) in spaces {
+            let outcome = search(fleet, &space, None, &budget)?;
+            self.offer(outcome.best.as_ref());
+            self.rejected.push(Rejected::new(fleet, name, outcome.best.as_ref()));
+        }
+        Ok(())
+    }
+}
+
+/// Why nothing was found.
+fn no_plan(fleet: &Fleet<'_>, space: &Space, outcome: &Outcome) -> Error {
+    let (missing_bytes, class, memory) = least_missing(fleet, true);
+    if missing_bytes > 0 && missing_bytes < u64::MAX {
+        let device = fleet.of_class(class).0;
+        let own = memory.device_bytes > device.limit.device_bytes;
+        let (needed_bytes, limit_bytes) = if own {
+            (memory.device_bytes, device.limit.device_bytes)
+        } else {
+            (memory.host_bytes, device.limit.host_bytes)
+        };
+        let device = device.rank.device.clone();
+        return Error::DoesNotFit { device, needed_bytes, limit_bytes, missing_bytes };
+    }
+    if !outcome.finished {
+        return Error::Budget;
+    }
+    if space.one_pipeline {
+        return Error::Shape {
+            reason: format!(
+                "one pipeline over all {} devices needs as many layers ({} are there), a common micro-batch \
+                 size that divides the global batch, and memory on each",
+                fleet.devices.len(),
+                fleet.shape.num_layers
+            ),
+        };
+    }
+    if space.min_kinds > 0 {
+        return Error::MinKinds {
+            wanted: space.min_kinds,
+            reason: "no plan gives so many kinds half of what their speed would: use a larger global batch \
+                     or smaller micro-batches"
+                .into(),
+        };
+    }
+    Error::Shape { reason: "no division of the devices has the memory for it".into() }
+}
+
+/// Builds the winner with its prediction and explanation.
+fn finish(
+    fleet: &Fleet<'_>,
+    best: &Evaluated,
+    outcome: &Outcome,
+    without: &Without,
+    rejected: Vec<Rejected>,
+) -> Result<Planned> {
+    let input = fleet.input;
+    let builder = best.builder(fleet).made_from(
+        input.job.hash(),
+        Some(Hash::of(input.cluster)),
+        Some(Hash::of(input.profile)),
+    );
+    let mut plan = builder.build()?;
+    let simulation = simulate(&plan, input.profile)?;
+    let ranked = best.sketch.ranked(fleet);
+    let groups: Vec<Group> = plan.owners.iter().map(Group::of).collect();
+    let memory = best.sketch.memory(fleet, &ranked, &owned(&groups, plan.ranks.len()))?;
+    let explanation = explain(fleet, best, &plan, &simulation, &memory, outcome, without, rejected)?;
+    let gain = |d: &usize| {
+        let class = fleet.classes.iter().position(|class| class.devices.contains(d))?;
+        let without = without[class]?;
+        Some(crate::explain::permille(without, simulation.step_ns) - 1000)
+    };
+    let ranks = ranked.devices.iter().zip(&simulation.timeline.ranks).zip(&memory);
+    plan.prediction = Some(Prediction {
+        step_ns: simulation.step_ns,
+        bound_ns: explanation.bound_ns,
+        limited_by: explanation.limited_by.clone(),
+        ranks: ranks
+            .map(|((d, timeline), memory)| RankPrediction {
+                compute_ns: timeline.compute_ns(),
+                exchange_ns: timeline
+                    .actions
+                    .iter()
+                    .filter(|a| !a.action.operation.has_micro_batch())
+                    .map(|a| a.end_ns - a.start_ns)
+                    .sum(),
+                memory_bytes: memory.total_bytes(),
+                gain_permille: gain(d),
+            })
+            .collect(),
+    });
+    Ok(Planned { plan, explanation, timeline: simulation.timeline })
+}

@@ -1,0 +1,5 @@
+//! Whole instances: search against brute force, bounds, memory, text.
+
+mod brute;
+mod fixture;
+mod plans;
