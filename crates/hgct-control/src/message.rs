@@ -208,6 +208,11 @@ pub enum FromAgent {
         /// The text.
         text: String,
     },
+    /// The agent ends its workers and leaves.
+    Leaving {
+        /// Why.
+        reason: String,
+    },
     /// A worker says; the payload goes with it.
     Forward {
         /// Who.
