@@ -20,7 +20,7 @@ use super::pipe::{Pipe, locked};
 use super::{is_set, resident_bytes, shard};
 use crate::engine::Engine;
 use crate::train::{Progress, StepOutcome, Trainer, TrainerOptions};
-use crate::{Error, Result};
+use crate::{Error, Result, conformance, profiling};
 
 /// What a worker knows between orders.
 pub(super) struct Session {
@@ -84,7 +84,25 @@ impl Session {
         match order {
             ToWorker::Attach { .. } => Err(self.unfit("a second attach")),
             ToWorker::Stop | ToWorker::Exit => Ok(()),
-            ToWorker::Check { .. } | ToWorker::Profile { .. } => Err(self.unfit("check and profile")),
+            ToWorker::Check { kind, budget_ns } => {
+                let device = self.device()?.clone();
+                let report = conformance::run(self.engine()?, device, kind, Duration::from_nanos(budget_ns));
+                self.say(FromWorker::Checked { report })
+            }
+            ToWorker::Profile { model, seq_len, micro_batches, kind, environment_hash, grant, budget_ns } => {
+                let request = profiling::Request {
+                    device: self.device()?.clone(),
+                    kind,
+                    environment_hash,
+                    grant,
+                    model,
+                    seq_len,
+                    micro_batches,
+                    budget: Duration::from_nanos(budget_ns),
+                };
+                let profile = profiling::run(self.engine()?, &request)?;
+                self.say(FromWorker::Profiled { profile })
+            }
             ToWorker::Load { generation, rank, plan, recipe, train_tokens, held_out_tokens, options } => {
                 self.load(generation, rank, *plan, recipe, &train_tokens, held_out_tokens.as_ref(), options)
             }
@@ -304,6 +322,9 @@ impl Session {
         self.join_writer()?;
         let trainer = &self.loaded(generation)?.trainer;
         let (snapshot, num_updates) = (trainer.snapshot(), trainer.num_updates());
+        if snapshot.entries.is_empty() {
+            return Ok(());
+        }
         let pipe = Arc::clone(&self.pipe);
         let writer = std::thread::Builder::new()
             .name("hgct-checkpoint".into())
