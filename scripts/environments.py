@@ -118,6 +118,7 @@ class Environment:
         return {
             "layout": LAYOUT,
             "lock_hash": hashlib.sha256(self.requirements.read_bytes()).hexdigest(),
+            "engine": self.kind.engine,
             "python": self.python_version,
         }
 
@@ -139,7 +140,12 @@ class Environment:
         replace(self.stamp_file, json.dumps(self.stamp, indent=1) + "\n")
 
     def variables(self) -> dict[str, str]:
-        return {**COMMON, **self.kind.variables}
+        variables = {**COMMON, **self.kind.variables}
+        if self.kind.engine == "jax":
+            # Compiled programs outlive the process: a second start warms up in half a second.
+            variables["JAX_COMPILATION_CACHE_DIR"] = str(self.root / ".hgct" / "cache" / "jax")
+            variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        return variables
 
     def say(self, text: str) -> None:
         with PRINTING:
@@ -193,7 +199,21 @@ def wanted_environments(arguments: argparse.Namespace, root: Path) -> list[Envir
         second = python_version(arguments.second_python)
         name = f"{arguments.second_kind}-py{''.join(second.split('.')[:2])}"
         rows.append(Environment(name, KINDS[arguments.second_kind], root, arguments.second_python, second))
-    return sorted(rows, key=lambda row: -row.kind.expect_seconds)
+    return sorted(rows + standing(root, {row.name for row in rows}), key=lambda row: -row.kind.expect_seconds)
+
+
+def standing(root: Path, named: set[str]) -> list[Environment]:
+    """Environments of earlier calls, besides `named`: they stay in the table."""
+    rows = []
+    for file in sorted((root / ".hgct" / "env").glob("*/hgct-stamp.json")):
+        try:
+            stamp = json.loads(file.read_text())
+            row = Environment(file.parent.name, KINDS[stamp["engine"]], root, stamp["base"], stamp["python"])
+        except (OSError, ValueError, KeyError):
+            continue
+        if row.name not in named and row.read_stamp():
+            rows.append(row)
+    return rows
 
 
 def python_version(interpreter: str) -> str:
@@ -236,7 +256,7 @@ def install(environment: Environment) -> None:
             pip(environment, "install", "--no-index", "--no-compile", "--find-links", wheels, "-r", environment.requirements)
         finally:
             shutil.rmtree(wheels, ignore_errors=True)
-    stamp = {**environment.wanted, "preload": preloads(environment)}
+    stamp = {**environment.wanted, "base": environment.python, "preload": preloads(environment)}
     stamp["framework_version"] = framework_version(environment, stamp["preload"])
     environment.stamp = stamp
     environment.write_stamp()
@@ -244,8 +264,8 @@ def install(environment: Environment) -> None:
 
 
 def adopt(environment: Environment) -> bool:
-    """Whether an environment without a stamp already holds exactly the wanted packages."""
-    if not environment.interpreter.exists() or environment.stamp_file.exists():
+    """Whether an environment without a valid stamp already holds exactly the wanted packages."""
+    if not environment.interpreter.exists():
         return False
     code = (
         "import sys, importlib.metadata as m; print('.'.join(map(str, sys.version_info[:3])));"
