@@ -10,6 +10,7 @@ use crate::ids::{DeviceId, Kind};
 /// What an engine can do, as it says itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_excessive_bools, reason = "independent capabilities, each one answered by itself")]
 pub struct EngineDescription {
     /// `torch`, `jax`, `paddle`, `mlx`, …
     pub engine: String,

@@ -56,29 +56,41 @@ pub(super) fn measure(
     let probes = probes(&model);
     let import_ps_per_byte = load(engine, &model, &probes, window)?;
 
-    let sizes = sizes(request);
-    let mut samples: Vec<Sample> = Vec::new();
+    let timer =
+        |probe, micro_batch| Timer { model: &model, probe, micro_batch, seq_len: request.seq_len, end };
     let mut left_out = None;
-    let mut cells = sizes.len() * probes.len();
-    'sizes: for micro_batch in sizes {
-        let mut of_size = Vec::new();
-        for probe in &probes {
-            let share = end.saturating_duration_since(Instant::now()) / cells as u32;
-            cells -= 1;
-            let timer = Timer { model: &model, probe, micro_batch, seq_len: request.seq_len, end };
-            match timer.sample(engine, share, window) {
-                Ok(sample) => of_size.push(sample),
-                Err(error) => {
-                    // A size that does not fit leaves nothing in flight for the next.
-                    engine.abort()?;
-                    left_out = Some(error);
-                    cells = cells.saturating_sub(probes.len() - of_size.len() - 1).max(1);
-                    continue 'sizes;
-                }
+    // Memory first, smallest size first: what a head or a larger size frees would hide it.
+    let mut fitting = Vec::new();
+    for micro_batch in sizes(request) {
+        match timer(&probes[BLOCK], micro_batch).activation_bytes(engine) {
+            Ok(bytes) => fitting.push((micro_batch, bytes)),
+            Err(error) => {
+                left_out = Some(error);
+                break;
             }
+        }
+    }
+    // Compilation is not known beforehand: a quarter of the budget is kept for it.
+    let planned_end = end.checked_sub(request.budget / 4).unwrap_or(end);
+    let mut samples: Vec<Sample> = Vec::new();
+    for (at, (micro_batch, block_bytes)) in fitting.iter().enumerate() {
+        engine.abort()?;
+        let mut of_size = Vec::new();
+        for (done, probe) in probes.iter().enumerate() {
+            let cells = (fitting.len() - at) * probes.len() - done;
+            let share = planned_end.saturating_duration_since(Instant::now()) / cells as u32;
+            match timer(probe, *micro_batch).sample(engine, share, window, *block_bytes) {
+                Ok(sample) => of_size.push(sample),
+                Err(error) => left_out = Some(error),
+            }
+        }
+        // A larger size would not fit or not be reached either.
+        if of_size.len() < probes.len() {
+            break;
         }
         samples.extend(of_size);
     }
+    engine.abort()?;
     let overhead = action_overhead_ns(&samples);
     let layers: Vec<LayerProfile> = samples.iter().filter_map(|sample| sample.row(overhead)).collect();
     match left_out {
@@ -96,6 +108,9 @@ fn sizes(request: &Request) -> Vec<u32> {
     sizes.dedup();
     if sizes.is_empty() { MICRO_BATCHES.to_vec() } else { sizes }
 }
+
+/// Index of the block among the probes.
+const BLOCK: usize = 1;
 
 fn probes(model: &ModelSpec) -> [Probe; 3] {
     let probe =
@@ -189,11 +204,18 @@ struct Timer<'a> {
 
 impl Timer<'_> {
     /// Warms up, which compiles, then takes windows while `share` lasts.
-    fn sample(&self, engine: &mut dyn Engine, share: Duration, window: Duration) -> Result<Sample> {
+    fn sample(
+        &self,
+        engine: &mut dyn Engine,
+        share: Duration,
+        window: Duration,
+        block_bytes: u64,
+    ) -> Result<Sample> {
         let start = Instant::now();
         self.pair(engine)?;
         self.pair(engine)?;
-        let activation_bytes = self.activation_bytes(engine)?;
+        let activation_bytes =
+            if self.probe.kind == LayerKind::Block { block_bytes } else { self.counted_activation_bytes() };
         let mut sample = Sample {
             kind: self.probe.kind,
             num_layers: self.probe.num_layers,
@@ -248,9 +270,9 @@ impl Timer<'_> {
         Ok((forward, start.elapsed()))
     }
 
-    /// Bytes of one layer that a micro-batch in flight keeps alive.
+    /// Bytes of one block that a micro-batch in flight keeps alive.
     fn activation_bytes(&self, engine: &mut dyn Engine) -> Result<u64> {
-        let counted = counted_activation_bytes(self.model, self.probe.kind, self.micro_batch, self.seq_len);
+        self.pair(engine)?;
         let mut resident = Vec::new();
         for number in 0..IN_FLIGHT {
             drop(engine.forward(self.probe.stage, number, self.inputs())?.wait(self.end)?);
@@ -260,11 +282,26 @@ impl Timer<'_> {
         let half = resident.len() / 2;
         let grown = resident[2 * half - 1].saturating_sub(resident[half - 1]);
         let measured = grown / half as u64 / u64::from(self.probe.num_layers);
-        let on_host = engine.describe().device.starts_with("cpu");
-        let input =
-            4 * u64::from(self.micro_batch) * u64::from(self.seq_len) * u64::from(self.model.hidden_size);
-        let plausible = measured <= 4 * counted.max(input);
-        Ok(if on_host && plausible { measured.max(input) } else { counted })
+        let counted = self.counted_activation_bytes();
+        let on_host = engine.describe().device.to_lowercase().contains("cpu");
+        let [samples, tokens] = [self.micro_batch, self.seq_len].map(u64::from);
+        let input = 4 * samples * tokens * u64::from(self.model.hidden_size);
+        Ok(if on_host && measured <= 4 * counted { measured.max(input) } else { counted })
+    }
+
+    /// Bytes that backward of one layer needs of its forward, in f32: inputs of every product,
+    /// norm and gate, the attention weights, and the head's logits.
+    fn counted_activation_bytes(&self) -> u64 {
+        let m = self.model;
+        let [d, f, v] = [m.hidden_size, m.intermediate_size, m.vocab_size].map(u64::from);
+        let [q, kv] = [m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim].map(u64::from);
+        let [samples, tokens] = [self.micro_batch, self.seq_len].map(u64::from);
+        let a_token = match self.probe.kind {
+            LayerKind::Embedding => 1,
+            LayerKind::Block => 4 * d + 2 * q + 2 * kv + 3 * f + u64::from(m.num_heads) * tokens,
+            LayerKind::Head => 2 * d + v,
+        };
+        4 * a_token * samples * tokens
     }
 
     fn inputs(&self) -> Edge {
@@ -298,18 +335,4 @@ impl Timer<'_> {
     fn shape(&self) -> Vec<u64> {
         vec![u64::from(self.micro_batch), u64::from(self.seq_len)]
     }
-}
-
-/// Bytes that backward of one layer needs of its forward, in f32: inputs of every product, norm
-/// and gate, and the attention weights.
-fn counted_activation_bytes(model: &ModelSpec, kind: LayerKind, micro_batch: u32, seq_len: u32) -> u64 {
-    let [d, f, v] = [model.hidden_size, model.intermediate_size, model.vocab_size].map(u64::from);
-    let (q, kv) =
-        (u64::from(model.num_heads * model.head_dim), u64::from(model.num_kv_heads * model.head_dim));
-    let a_token = match kind {
-        LayerKind::Embedding => 1,
-        LayerKind::Block => 4 * d + 2 * q + 2 * kv + 3 * f + u64::from(model.num_heads) * u64::from(seq_len),
-        LayerKind::Head => 2 * d + v,
-    };
-    4 * a_token * u64::from(micro_batch) * u64::from(seq_len)
 }

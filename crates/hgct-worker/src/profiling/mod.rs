@@ -50,9 +50,9 @@ const MICRO_BATCHES: [u32; 3] = [1, 2, 4];
 ///
 /// `action_overhead_ns` is what an embedding's forward of the smallest micro-batch takes at least:
 /// a call with next to no arithmetic. It is taken off every layer's time, so that overhead and
-/// layers add up to what an action took. `activation_bytes` says which of two it is: on a `cpu`
-/// the growth of resident memory with micro-batches in flight, elsewhere, or where that is
-/// implausible, the count of what the mathematics of backward needs.
+/// layers add up to what an action took. `activation_bytes` of a block on a `cpu` is the growth of
+/// resident memory with micro-batches in flight; of other layers, on other devices, and where that
+/// growth is implausible, it is the count of what the mathematics of backward needs.
 pub fn run(engine: &mut dyn Engine, request: &Request) -> Result<DeviceProfile> {
     let start = Instant::now();
     engine.load(&[])?;
