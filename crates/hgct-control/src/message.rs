@@ -372,6 +372,20 @@ pub enum ToWorker {
         /// Nanoseconds until it has failed.
         deadline_ns: u64,
     },
+    /// Train a plan of one rank on this worker by itself, from the seed, and answer
+    /// [`FromWorker::TrainedAlone`]: what the kind reaches on its own.
+    TrainAlone {
+        /// The plan; its one rank is this worker.
+        plan: Box<Plan>,
+        /// The recipe.
+        recipe: Recipe,
+        /// Blob of the training tokens.
+        train_tokens: Hash,
+        /// Steps before those that count.
+        warm_up_steps: u64,
+        /// Train until at least this much time has gone over counted steps.
+        budget_ns: u64,
+    },
     /// Measure links to all peers in turn and answer [`FromWorker::LinksMeasured`].
     MeasureLinks,
     /// Rows of a slice that this rank owns; the payload is their f32 bytes.
@@ -463,6 +477,11 @@ pub enum FromWorker {
     Loaded,
     /// All data connections stand.
     Connected,
+    /// The counted steps of [`ToWorker::TrainAlone`].
+    TrainedAlone {
+        /// In order.
+        steps: Vec<StepReport>,
+    },
     /// Links to the peers.
     LinksMeasured {
         /// One row a peer.

@@ -152,8 +152,9 @@ pub enum Command {
         /// Time to answer.
         deadline_ns: u64,
     },
-    /// Hand each worker one request that it answers by itself (check, profile, generate) →
-    /// [`Update::Answer`] for each, then [`Update::Answered`].
+    /// Hand each worker one request that it answers by itself (check, profile) →
+    /// [`Update::Answer`] for each, then [`Update::Answered`]. A request to generate goes to all
+    /// ranks of the loaded plan and has one answer.
     Ask {
         /// Whom and what.
         requests: Vec<(DeviceId, ToWorker)>,
@@ -358,7 +359,7 @@ pub enum Update {
     Answer {
         /// Who.
         worker: DeviceId,
-        /// `Checked`, `Profiled` or `Generated`.
+        /// `Checked`, `Profiled`, `TrainedAlone` or `Generated`.
         answer: FromWorker,
     },
     /// All requests of an [`Command::Ask`] are answered, or cannot be.

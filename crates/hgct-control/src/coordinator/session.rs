@@ -55,13 +55,29 @@ pub(super) struct Pending {
 
 #[derive(Debug)]
 enum What {
-    Inventory { rows: BTreeMap<NodeId, (NodeSpec, Vec<UnusableDevice>)> },
+    Inventory {
+        rows: BTreeMap<NodeId, (NodeSpec, Vec<UnusableDevice>)>,
+    },
     Blobs,
-    Start { workers: Vec<DeviceId> },
-    Stop { workers: Vec<DeviceId> },
-    Grants { rows: BTreeMap<NodeId, (bool, String)> },
-    Ask,
-    Links { generation: Generation, workers: Vec<DeviceId>, measuring: bool, links: Vec<LinkProfile> },
+    Start {
+        workers: Vec<DeviceId>,
+    },
+    Stop {
+        workers: Vec<DeviceId>,
+    },
+    Grants {
+        rows: BTreeMap<NodeId, (bool, String)>,
+    },
+    /// `any`: one answer is enough.
+    Ask {
+        any: bool,
+    },
+    Links {
+        generation: Generation,
+        workers: Vec<DeviceId>,
+        measuring: bool,
+        links: Vec<LinkProfile>,
+    },
 }
 
 /// Who owes the answer.
@@ -84,7 +100,7 @@ impl Pending {
             What::Start { .. } => "start",
             What::Stop { .. } => "stop",
             What::Grants { .. } => "hold-grants",
-            What::Ask => "the request",
+            What::Ask { .. } => "the request",
             What::Links { measuring: false, .. } => "connect",
             What::Links { measuring: true, .. } => "measure-links",
         }
@@ -304,7 +320,7 @@ impl Coordinator {
                 Update::WorkersStarted { ready, failed }
             }
             What::Stop { workers } => Update::WorkersStopped { workers },
-            What::Ask => Update::Answered { failed },
+            What::Ask { .. } => Update::Answered { failed },
             What::Links { generation, workers, measuring: false, links } if failed.is_empty() => {
                 for device in &workers {
                     self.send_worker(device, ToWorker::MeasureLinks, Vec::new());
@@ -337,8 +353,11 @@ impl Coordinator {
                 }
                 None
             }
-            FromWorker::Checked { .. } | FromWorker::Profiled { .. } | FromWorker::Generated { .. } => {
-                if self.answer_of_worker(device, |what| matches!(what, What::Ask)) {
+            FromWorker::Checked { .. }
+            | FromWorker::Profiled { .. }
+            | FromWorker::TrainedAlone { .. }
+            | FromWorker::Generated { .. } => {
+                if self.answer_of_worker(device, |what| matches!(what, What::Ask { .. })) {
                     self.update(Update::Answer { worker: device.clone(), answer: message });
                 }
                 None
@@ -370,6 +389,9 @@ impl Coordinator {
         for pending in &mut self.pending {
             if pending.waiting.contains(&party) && take(&mut pending.what) {
                 pending.waiting.remove(&party);
+                if matches!(pending.what, What::Ask { any: true }) {
+                    pending.waiting.clear();
+                }
                 taken = true;
             }
         }
@@ -530,10 +552,12 @@ impl Coordinator {
             return;
         }
         let waiting = requests.iter().map(|(device, _)| Party::Worker(device.clone())).collect();
+        // All ranks continue a prompt together; the one with the head answers.
+        let any = requests.iter().all(|(_, message)| matches!(message, ToWorker::Generate { .. }));
         for (device, message) in requests {
             self.send_worker(&device, message, Vec::new());
         }
-        self.owe(now_ns, What::Ask, waiting, allowed_ns);
+        self.owe(now_ns, What::Ask { any }, waiting, allowed_ns);
     }
 
     fn measure_links(&mut self, now_ns: u64, workers: Vec<DeviceId>, allowed_ns: u64) {

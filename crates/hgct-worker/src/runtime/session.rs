@@ -32,6 +32,8 @@ pub(super) struct Session {
     /// The engine, while no trainer has it.
     engine: Option<Box<dyn Engine>>,
     loaded: Option<Loaded>,
+    /// Connections of a generation without a plan, for measuring links.
+    links: Option<(Communicator, Vec<PeerSpec>)>,
     writer: Option<JoinHandle<Result<()>>>,
 }
 
@@ -40,7 +42,6 @@ struct Loaded {
     trainer: Trainer,
     generation: Generation,
     options: WorkerOptions,
-    peers: Vec<PeerSpec>,
 }
 
 impl Session {
@@ -50,7 +51,17 @@ impl Session {
         stop: Arc<AtomicBool>,
         attach: ToWorker,
     ) -> Self {
-        Self { pipe, progress, stop, attach, listener: None, engine: None, loaded: None, writer: None }
+        Self {
+            pipe,
+            progress,
+            stop,
+            attach,
+            listener: None,
+            engine: None,
+            loaded: None,
+            links: None,
+            writer: None,
+        }
     }
 
     /// The engine is there: listens for data connections and says hello.
@@ -106,8 +117,11 @@ impl Session {
             ToWorker::Load { generation, rank, plan, recipe, train_tokens, held_out_tokens, options } => {
                 self.load(generation, rank, *plan, recipe, &train_tokens, held_out_tokens.as_ref(), options)
             }
+            ToWorker::TrainAlone { plan, recipe, train_tokens, warm_up_steps, budget_ns } => {
+                self.train_alone(*plan, recipe, &train_tokens, warm_up_steps, Duration::from_nanos(budget_ns))
+            }
             ToWorker::Connect { peers, deadline_ns } => {
-                self.connect(peers, Duration::from_nanos(deadline_ns))
+                self.connect(generation, peers, Duration::from_nanos(deadline_ns))
             }
             ToWorker::MeasureLinks => self.measure_links(),
             ToWorker::State { slice, role } => {
@@ -119,10 +133,9 @@ impl Session {
             }
             ToWorker::Generate { prompts, num_tokens, seed, temperature } => {
                 let trainer = &mut self.loaded(generation)?.trainer;
-                match trainer.generate(&prompts, num_tokens, seed, temperature)? {
-                    Some(sequences) => self.say(FromWorker::Generated { sequences }),
-                    None => Ok(()),
-                }
+                let sequences =
+                    trainer.generate(&prompts, num_tokens, seed, temperature)?.unwrap_or_default();
+                self.say(FromWorker::Generated { sequences })
             }
         }
     }
@@ -158,7 +171,7 @@ impl Session {
             },
         );
         match trainer {
-            Ok(trainer) => self.loaded = Some(Loaded { trainer, generation, options, peers: Vec::new() }),
+            Ok(trainer) => self.loaded = Some(Loaded { trainer, generation, options }),
             Err((error, engine)) => {
                 self.engine = Some(engine);
                 return Err(error);
@@ -168,54 +181,126 @@ impl Session {
         self.say(FromWorker::Loaded)
     }
 
-    fn connect(&mut self, peers: Vec<PeerSpec>, within: Duration) -> Result<()> {
+    /// Trains a one-rank plan and gives the engine back as it was: nothing loaded.
+    fn train_alone(
+        &mut self,
+        plan: Plan,
+        recipe: Recipe,
+        train: &Hash,
+        warm_up_steps: u64,
+        budget: Duration,
+    ) -> Result<()> {
+        if plan.ranks.len() != 1 {
+            return Err(self.unfit("a plan of several ranks for training alone"));
+        }
+        self.join_writer()?;
+        let engine = match self.loaded.take() {
+            Some(loaded) => loaded.trainer.into_engine()?,
+            None => self.engine.take().ok_or_else(|| self.unfit("training before the engine is open"))?,
+        };
+        let options = TrainerOptions {
+            plan: Arc::new(plan),
+            rank: Rank(0),
+            recipe,
+            train: TokenFile::open(&self.blob(train)?)?,
+            held_out: None,
+            step_deadline: Duration::from_secs(600),
+            progress: Arc::clone(&self.progress),
+        };
+        let mut trainer = match Trainer::load(engine, options) {
+            Ok(trainer) => trainer,
+            Err((error, engine)) => {
+                self.engine = Some(engine);
+                return Err(error);
+            }
+        };
+        trainer.initialise(0, 0)?;
+        let mut steps = Vec::new();
+        let mut counted = Duration::ZERO;
+        for step in 0.. {
+            let outcome = trainer.step(step, false)?;
+            if step >= warm_up_steps {
+                counted += Duration::from_nanos(outcome.step_ns);
+                steps.push(step_report(step, &outcome, &self.rank_timeline(Rank(0), &outcome)?));
+            }
+            if !steps.is_empty() && counted >= budget {
+                break;
+            }
+        }
+        self.engine = Some(trainer.into_engine()?);
+        self.say(FromWorker::TrainedAlone { steps })
+    }
+
+    /// Connects with the ranks of a generation: that of the loaded plan, or one of its own, in which
+    /// links are measured.
+    fn connect(&mut self, generation: Generation, peers: Vec<PeerSpec>, within: Duration) -> Result<()> {
+        let device = self.device()?;
+        let me = peers.iter().find(|peer| peer.device == *device).map(|peer| peer.rank);
+        let me = me.ok_or_else(|| self.unfit("connect without this worker"))?;
+        let loaded = self.loaded.as_ref().filter(|loaded| loaded.generation == generation);
+        let options = loaded.map(|loaded| loaded.options.clone());
+        let comm = if peers.len() > 1 {
+            Some(self.mesh(generation, me, &peers, within, options.as_ref())?)
+        } else {
+            None
+        };
+        match (&mut self.loaded, options) {
+            (Some(loaded), Some(_)) => {
+                if let Some(comm) = comm {
+                    loaded.trainer.connect(comm);
+                }
+            }
+            _ => self.links = comm.map(|comm| (comm, peers)),
+        }
+        locked(&self.pipe).enter(generation);
+        self.say(FromWorker::Connected)
+    }
+
+    fn mesh(
+        &self,
+        generation: Generation,
+        me: Rank,
+        peers: &[PeerSpec],
+        within: Duration,
+        options: Option<&WorkerOptions>,
+    ) -> Result<Communicator> {
         let ToWorker::Attach { run_key, .. } = &self.attach else { return Err(self.unfit("attach")) };
         let key = parse_key(run_key).ok_or_else(|| self.unfit("a run key that is no key"))?;
         let run = locked(&self.pipe).run().clone();
         let listener = self.listener.as_ref().ok_or_else(|| self.unfit("connect before hello"))?;
-        let Some(loaded) = &mut self.loaded else { return Err(self.unfit("connect before load")) };
-        if peers.len() > 1 {
-            let endpoint = |e: &EndpointSpec| Endpoint {
-                address: e.address,
-                rate_bytes_per_s: e.rate_bytes_per_s,
-                nic: e.nic.clone(),
-                numa: e.numa,
-            };
-            let comm = Communicator::connect(&ConnectOptions {
-                group: peers
-                    .iter()
-                    .map(|peer| Peer {
-                        rank: peer.rank,
-                        host_id: peer.node.to_string(),
-                        endpoints: peer.endpoints.iter().map(endpoint).collect(),
-                    })
-                    .collect(),
-                me: loaded.trainer.rank(),
-                generation: loaded.generation,
-                run,
-                key,
-                listener,
-                deadline: Deadline::after(within),
-                shared_memory: loaded.options.shared_memory,
-                test_delay_ns: loaded.options.wire_delay_ns,
-                tuning: Tuning::default(),
-            })?;
-            loaded.trainer.connect(comm);
-        }
-        loaded.peers = peers;
-        self.say(FromWorker::Connected)
+        let endpoint = |e: &EndpointSpec| Endpoint {
+            address: e.address,
+            rate_bytes_per_s: e.rate_bytes_per_s,
+            nic: e.nic.clone(),
+            numa: e.numa,
+        };
+        let member = |peer: &PeerSpec| Peer {
+            rank: peer.rank,
+            host_id: peer.node.to_string(),
+            endpoints: peer.endpoints.iter().map(endpoint).collect(),
+        };
+        Ok(Communicator::connect(&ConnectOptions {
+            group: peers.iter().map(member).collect(),
+            me,
+            generation,
+            run,
+            key,
+            listener,
+            deadline: Deadline::after(within),
+            shared_memory: options.is_none_or(|options| options.shared_memory),
+            test_delay_ns: options.map_or(0, |options| options.wire_delay_ns),
+            tuning: Tuning::default(),
+        })?)
     }
 
-    /// Rank after rank measures its links while the others answer.
+    /// Pair after pair measures its link from both ends, in the same order on every rank.
     fn measure_links(&mut self) -> Result<()> {
         let from = self.device()?.clone();
-        let Some(loaded) = &self.loaded else { return Err(self.unfit("measure before load")) };
         let mut links = Vec::new();
-        if let Some(comm) = loaded.trainer.comm() {
-            let me = loaded.trainer.rank();
-            // All pairs in the same order on every rank, each measured from both ends at once.
-            for (low, a) in loaded.peers.iter().enumerate() {
-                for b in &loaded.peers[low + 1..] {
+        if let Some((comm, peers)) = self.links.take() {
+            let me = comm.rank();
+            for (low, a) in peers.iter().enumerate() {
+                for b in &peers[low + 1..] {
                     let other = if a.rank == me {
                         b
                     } else if b.rank == me {
@@ -232,8 +317,12 @@ impl Session {
                         latency_ns: measured.latency_ns,
                         bytes_per_s: measured.bytes_per_s as u64,
                     });
+                    self.progress.alive();
                 }
             }
+            // Nobody leaves while others still measure.
+            comm.barrier(0, Deadline::after(Duration::from_secs(60)))?;
+            comm.close(Deadline::after(Duration::from_secs(2)));
         }
         self.say(FromWorker::LinksMeasured { links })
     }
@@ -275,35 +364,24 @@ impl Session {
     fn report(&mut self, step: u64, outcome: &StepOutcome) -> Result<()> {
         let Some(loaded) = &self.loaded else { return Err(self.unfit("a report without a plan")) };
         let every = loaded.options.timeline_every;
-        let timeline = RankTimeline {
-            rank: loaded.trainer.rank(),
-            device: self.device()?.clone(),
-            clock_offset_ns: 0,
-            clock_uncertainty_ns: 0,
-            actions: outcome.actions.clone(),
-            transfers: outcome.transfers.clone(),
-        };
-        let compute_ns = timeline.compute_ns();
-        let exchange = timeline.actions.iter().filter(|span| !span.action.operation.has_micro_batch());
-        let report = StepReport {
-            step,
-            loss_sum: outcome.loss_sum,
-            num_tokens: outcome.num_tokens,
-            grad_norm: outcome.grad_norm,
-            learning_rate: outcome.learning_rate,
-            skipped: outcome.skipped,
-            step_ns: outcome.step_ns,
-            compute_ns,
-            exchange_ns: exchange.map(|span| span.end_ns - span.start_ns).sum(),
-            exposed_communication_ns: timeline.exposed_communication_ns(),
-            compute_cpu_ns: outcome.compute_cpu_ns,
-            memory_bytes: resident_bytes(),
-        };
+        let timeline = self.rank_timeline(loaded.trainer.rank(), outcome)?;
+        let report = step_report(step, outcome, &timeline);
         if every > 0 && step.is_multiple_of(every) {
             let RankTimeline { actions, transfers, .. } = timeline;
             self.say(FromWorker::Spans { step, actions, transfers })?;
         }
         self.say(FromWorker::StepDone(report))
+    }
+
+    fn rank_timeline(&self, rank: Rank, outcome: &StepOutcome) -> Result<RankTimeline> {
+        Ok(RankTimeline {
+            rank,
+            device: self.device()?.clone(),
+            clock_offset_ns: 0,
+            clock_uncertainty_ns: 0,
+            actions: outcome.actions.clone(),
+            transfers: outcome.transfers.clone(),
+        })
     }
 
     fn evaluate(&mut self, generation: Generation, step: u64) -> Result<()> {
@@ -385,6 +463,24 @@ impl Session {
 
 /// Steps in a row without a finite loss and norm after which a run ends.
 const MAX_SKIPPED: u32 = 3;
+
+fn step_report(step: u64, outcome: &StepOutcome, timeline: &RankTimeline) -> StepReport {
+    let exchange = timeline.actions.iter().filter(|span| !span.action.operation.has_micro_batch());
+    StepReport {
+        step,
+        loss_sum: outcome.loss_sum,
+        num_tokens: outcome.num_tokens,
+        grad_norm: outcome.grad_norm,
+        learning_rate: outcome.learning_rate,
+        skipped: outcome.skipped,
+        step_ns: outcome.step_ns,
+        compute_ns: timeline.compute_ns(),
+        exchange_ns: exchange.map(|span| span.end_ns - span.start_ns).sum(),
+        exposed_communication_ns: timeline.exposed_communication_ns(),
+        compute_cpu_ns: outcome.compute_cpu_ns,
+        memory_bytes: resident_bytes(),
+    }
+}
 
 /// A key of 64 hex digits.
 fn parse_key(hex: &str) -> Option<RunKey> {
