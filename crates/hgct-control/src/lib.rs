@@ -1,5 +1,6 @@
 //! Coordinator, agent and worker state machines and their wire messages, without I/O.
 
+pub mod agent;
 pub mod auth;
 pub mod coordinator;
 pub mod detector;
