@@ -47,6 +47,8 @@ pub(crate) struct Request<'a> {
     pub(crate) step_ns: u64,
     /// Samples at least.
     pub(crate) need: u32,
+    /// One is enough.
+    pub(crate) first_only: bool,
 }
 
 /// All choices for a set of devices that do at least `need` samples in `step_ns`, most samples
@@ -134,6 +136,9 @@ impl Search<'_, '_> {
             let ends =
                 if after == 0 { num_layers..=num_layers } else { front.next_layer + 1..=num_layers - after };
             for end in ends {
+                if self.request.first_only && !self.found.is_empty() {
+                    break;
+                }
                 *self.nodes = self.nodes.checked_sub(1)?;
                 if !self.rest_is_enough(end) {
                     continue;

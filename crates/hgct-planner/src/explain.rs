@@ -11,6 +11,7 @@ use crate::Result;
 use crate::cost::Memory;
 use crate::evaluate::Evaluated;
 use crate::fleet::Fleet;
+use crate::plan::WithoutOne;
 use crate::program::Pricing;
 use crate::search::Outcome;
 use crate::simulate::{Simulation, simulate_priced};
@@ -94,6 +95,8 @@ pub struct DeviceRow {
     pub fair_share_permille: i64,
     /// Thousandths by which the plan is faster than the best one found without it.
     pub gain_permille: Option<i64>,
+    /// Whether there is no plan without it.
+    pub needed: bool,
 }
 
 /// Another plan.
@@ -131,7 +134,8 @@ fn tokens_per_s(fleet: &Fleet<'_>, step_ns: u64) -> f64 {
 }
 
 impl Rejected {
-    pub(crate) fn new(fleet: &Fleet<'_>, name: String, found: Option<&Evaluated>) -> Self {
+    pub(crate) fn new(fleet: &Fleet<'_>, name: String, outcome: &Outcome) -> Self {
+        let found = outcome.best.as_ref();
         let form = |found: &Evaluated| {
             let pipeline = |(choice, num): &(crate::choices::Choice, u32)| {
                 let layers: Vec<String> =
@@ -144,7 +148,11 @@ impl Rejected {
             name,
             step_ns: found.map(|found| found.step_ns),
             tokens_per_s: found.map(|found| tokens_per_s(fleet, found.step_ns)),
-            form: found.map_or_else(|| "none fits".into(), form),
+            form: match found {
+                Some(found) => form(found),
+                None if outcome.finished => "none fits".into(),
+                None => "none found in its part of the budget".into(),
+            },
         }
     }
 }
@@ -194,7 +202,7 @@ pub(crate) fn explain(
     simulation: &Simulation,
     memory: &[Memory],
     outcome: &Outcome,
-    without: &[Option<u64>],
+    without: &[WithoutOne],
     mut rejected: Vec<Rejected>,
 ) -> Result<Explanation> {
     let step_ns = simulation.step_ns;
@@ -271,7 +279,7 @@ fn stage_rows(fleet: &Fleet<'_>, plan: &Plan, simulation: &Simulation, memory: &
     rows
 }
 
-fn device_rows(fleet: &Fleet<'_>, best: &Evaluated, step_ns: u64, without: &[Option<u64>]) -> Vec<DeviceRow> {
+fn device_rows(fleet: &Fleet<'_>, best: &Evaluated, step_ns: u64, without: &[WithoutOne]) -> Vec<DeviceRow> {
     let ranked = best.sketch.ranked(fleet);
     let shares = best.sketch.flops_shares(fleet, &ranked);
     let all: f64 = fleet.devices.iter().map(|d| d.speed).sum();
@@ -284,7 +292,8 @@ fn device_rows(fleet: &Fleet<'_>, best: &Evaluated, step_ns: u64, without: &[Opt
             used: rank.is_some(),
             share_permille: rank.map_or(0, |rank| (shares[rank] * 1000.0).round() as i64),
             fair_share_permille: (device.speed / all.max(f64::MIN_POSITIVE) * 1000.0).round() as i64,
-            gain_permille: class.and_then(|c| without[c]).map(|ns| permille(ns, step_ns) - 1000),
+            gain_permille: class.and_then(|c| without[c].step_ns).map(|ns| permille(ns, step_ns) - 1000),
+            needed: fleet.devices.len() == 1 || class.is_some_and(|c| without[c].needed),
         }
     };
     fleet.devices.iter().enumerate().map(row).collect()
@@ -407,7 +416,8 @@ impl Explanation {
                 percent(row.fair_share_permille),
                 match row.gain_permille {
                     Some(gain) => format!("{:+.1} % with it", gain as f64 / 10.0),
-                    None => "needed".into(),
+                    None if row.needed => "needed".into(),
+                    None => "not known".into(),
                 },
             ]);
         }

@@ -9,10 +9,10 @@
 //! | Module | Holds |
 //! | --- | --- |
 //! | [`cost`] | time and memory of stages, from the profile |
-//! | [`simulate`] | a plan's step as a timeline |
+//! | [`mod@simulate`] | a plan's step as a timeline |
 //! | [`bound`] | what no plan can beat |
 //! | [`explain`] | why this plan: a table for people, serde for programs |
-//! | [`lint`] | what is wrong with any plan, independent of the search |
+//! | [`mod@lint`] | what is wrong with any plan, independent of the search |
 
 pub mod bound;
 mod choices;

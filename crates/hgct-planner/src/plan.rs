@@ -95,8 +95,16 @@ pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
     finish(&fleet, &best, &outcome, &without, rejected)
 }
 
-/// Of each class: the fastest plan without one of its devices.
-type Without = Vec<Option<u64>>;
+/// Of each class: what is possible without one of its devices.
+type Without = Vec<WithoutOne>;
+
+/// The step of the best plan that was found without a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct WithoutOne {
+    pub(crate) step_ns: Option<u64>,
+    /// There is no plan without it.
+    pub(crate) needed: bool,
+}
 
 struct Planner<'a> {
     fleet: &'a Fleet<'a>,
@@ -139,17 +147,26 @@ impl Planner<'_> {
     fn without_each(&mut self) -> Result<Without> {
         let fleet = self.fleet;
         let num = fleet.classes.len();
-        let mut without = vec![None; num];
+        let mut without = vec![WithoutOne::default(); num];
         if fleet.devices.len() == 1 {
             return Ok(without);
         }
         let budget = self.budget.part(4 * num as u64);
-        for (class, best_ns) in without.iter_mut().enumerate() {
+        let shape = fleet.input.job.policy.shape;
+        for (class, one) in without.iter_mut().enumerate() {
             let mut counts = fleet.counts();
             counts[class] -= 1;
-            let space = Self::space(counts, fleet.input.job.policy.shape, 0);
-            let outcome = search(fleet, &space, None, &budget)?;
-            *best_ns = outcome.best.as_ref().map(|best| best.step_ns);
+            // Data parallelism is searched soon, and then bounds the rest.
+            let start = match shape {
+                PlanShape::Any => {
+                    let space = Self::space(counts.clone(), PlanShape::DataParallel, 0);
+                    search(fleet, &space, None, &budget)?.best
+                }
+                _ => None,
+            };
+            let outcome = search(fleet, &Self::space(counts, shape, 0), start, &budget)?;
+            one.step_ns = outcome.best.as_ref().map(|best| best.step_ns);
+            one.needed = outcome.best.is_none() && outcome.finished;
             self.offer(outcome.best.as_ref());
         }
         Ok(without)
@@ -176,7 +193,7 @@ impl Planner<'_> {
         for (name, space) in spaces {
             let outcome = search(fleet, &space, None, &budget)?;
             self.offer(outcome.best.as_ref());
-            self.rejected.push(Rejected::new(fleet, name, outcome.best.as_ref()));
+            self.rejected.push(Rejected::new(fleet, name, &outcome));
         }
         Ok(())
     }
@@ -242,7 +259,7 @@ fn finish(
     let explanation = explain(fleet, best, &plan, &simulation, &memory, outcome, without, rejected)?;
     let gain = |d: &usize| {
         let class = fleet.classes.iter().position(|class| class.devices.contains(d))?;
-        let without = without[class]?;
+        let without = without[class].step_ns?;
         Some(crate::explain::permille(without, simulation.step_ns) - 1000)
     };
     let ranks = ranked.devices.iter().zip(&simulation.timeline.ranks).zip(&memory);

@@ -63,12 +63,13 @@ pub(crate) fn search(
         to_ns: bound.max(1),
         leaves: Vec::new(),
         pools: Vec::new(),
+        first_only: false,
     };
     let outcome = |round: &Round<'_>, proven_ns: u64, finished: bool| Outcome {
         best: round.best.clone(),
         proven_ns: round.best.as_ref().map_or(proven_ns, |b| b.step_ns.min(proven_ns)),
         finished,
-        simulated: budget.simulations - round.simulations.get(),
+        simulated: budget.simulations.saturating_sub(round.simulations.get()),
     };
     for number in 0..MAX_ROUNDS {
         if let Some(best) = &round.best {
@@ -79,6 +80,9 @@ pub(crate) fn search(
             let all = round.simulate_leaves()?;
             if complete.is_none() || !all {
                 let proven = round.from_ns.max(bound);
+                if round.best.is_none() && !budget.stopped() {
+                    round.dive(last)?;
+                }
                 return Ok(outcome(&round, proven, false));
             }
         }
@@ -96,6 +100,9 @@ pub(crate) fn search(
 }
 
 const MAX_ROUNDS: u32 = 400;
+/// Nodes and simulations of each try for any plan at all, once the budget is gone.
+const DIVE_NODES: u64 = 50_000;
+const DIVE_SIMULATIONS: u64 = 20;
 /// Leaves of a round at most; more would need too much memory.
 const MAX_LEAVES: usize = 1 << 20;
 
@@ -146,6 +153,8 @@ struct Round<'a> {
     to_ns: u64,
     leaves: Vec<(u64, Vec<Part>)>,
     pools: Vec<Pool>,
+    /// Whether a set's first choice is enough: to have any plan at all.
+    first_only: bool,
 }
 
 impl Round<'_> {
@@ -157,6 +166,19 @@ impl Round<'_> {
         let mut chosen = Vec::new();
         let left = self.space.counts.clone();
         self.divide(0, &left, 0, &mut chosen)
+    }
+
+    /// Finds any plan: a time that grows quickly, and few nodes for each.
+    fn dive(&mut self, last: u64) -> Result<()> {
+        self.first_only = true;
+        while self.best.is_none() && self.to_ns <= last {
+            self.nodes = DIVE_NODES;
+            self.simulations.set(self.simulations.get().max(DIVE_SIMULATIONS));
+            let _ = self.enumerate();
+            self.simulate_leaves()?;
+            self.to_ns = self.to_ns.saturating_add(self.to_ns / 20 + 1);
+        }
+        Ok(())
     }
 
     fn make_pools(&mut self) -> Option<()> {
@@ -173,7 +195,7 @@ impl Round<'_> {
             if fleet.bound.most_samples(own, self.to_ns) < f64::from(need) {
                 continue;
             }
-            let request = Request { set: &set, step_ns: self.to_ns, need };
+            let request = Request { set: &set, step_ns: self.to_ns, need, first_only: self.first_only };
             let choices = choices(fleet, &request, &mut self.nodes)?;
             let (Some(most), Some(least)) =
                 (choices.iter().map(|c| c.most_samples).max(), choices.iter().map(|c| c.micro_batch).min())

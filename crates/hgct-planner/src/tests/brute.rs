@@ -22,7 +22,7 @@ fn divide(fleet: &Fleet<'_>, device: usize, pipelines: &mut Vec<Vec<usize>>, out
     if device == fleet.devices.len() {
         if !pipelines.is_empty() {
             let all: Vec<Vec<Choice>> = pipelines.iter().map(|p| choices_of(fleet, p)).collect();
-            combine(fleet, &all, fleet.global_batch, &mut Vec::new(), out);
+            combine(&all, fleet.global_batch, &mut Vec::new(), out);
         }
         return;
     }
@@ -40,17 +40,11 @@ fn divide(fleet: &Fleet<'_>, device: usize, pipelines: &mut Vec<Vec<usize>>, out
 fn choices_of(fleet: &Fleet<'_>, devices: &[usize]) -> Vec<Choice> {
     let count = |c: usize| devices.iter().filter(|d| fleet.classes[c].devices.contains(d)).count() as u8;
     let set: Vec<u8> = (0..fleet.classes.len()).map(count).collect();
-    let request = Request { set: &set, step_ns: u64::MAX / 4, need: 0 };
+    let request = Request { set: &set, step_ns: u64::MAX / 4, need: 0, first_only: false };
     choices(fleet, &request, &mut u64::MAX.clone()).unwrap()
 }
 
-fn combine(
-    fleet: &Fleet<'_>,
-    all: &[Vec<Choice>],
-    left: u32,
-    parts: &mut Vec<(Choice, u32)>,
-    out: &mut BTreeSet<Sketch>,
-) {
+fn combine(all: &[Vec<Choice>], left: u32, parts: &mut Vec<(Choice, u32)>, out: &mut BTreeSet<Sketch>) {
     if parts.len() == all.len() {
         if left == 0 {
             out.insert(Sketch::new(parts.clone()));
@@ -60,7 +54,7 @@ fn combine(
     for choice in &all[parts.len()] {
         for num in 1..=(left / choice.micro_batch) {
             parts.push((choice.clone(), num));
-            combine(fleet, all, left - num * choice.micro_batch, parts, out);
+            combine(all, left - num * choice.micro_batch, parts, out);
             parts.pop();
         }
     }
