@@ -9,7 +9,7 @@
 //! | [`ids`] | ranks, generations, runs, devices |
 //! | [`dtype`] | element types and memory kinds |
 //! | [`model`] | a Llama-family architecture read from a `config.json` |
-//! | [`slice`] | logical slices: a row range of a named tensor, with dtype and role |
+//! | [`mod@slice`] | logical slices: a row range of a named tensor, with dtype and role |
 //! | [`init`] | initial parameters from (seed, tensor name, element index) |
 //! | [`sample`] | the order of samples, from (seed, step) alone |
 //! | [`cluster`] | nodes, devices, grants, links |

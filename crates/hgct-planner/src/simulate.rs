@@ -15,7 +15,7 @@ use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, Tr
 
 use crate::cost::{Costs, ModelShape};
 pub use crate::program::Pricing;
-use crate::program::{Group, Instruction, Program, compile};
+use crate::program::{Group, Instruction, Message, Program, compile};
 use crate::{Error, Result};
 
 /// What a simulation says of a plan.
@@ -345,5 +345,3 @@ impl Machine<'_> {
         self.at(left_ns + latency_ns, Event::Arrives { message, step: step as u32 });
     }
 }
-
-use crate::program::Message;
