@@ -165,13 +165,6 @@ pub(crate) struct Avoid {
     pub(crate) reason: String,
 }
 
-impl EngineUse {
-    /// The framework's device string of one card.
-    pub(crate) fn device_string(&self, index: u32) -> String {
-        self.device.replace("{index}", &index.to_string())
-    }
-}
-
 impl Vendor {
     /// How `engine` drives this vendor's hardware, if it does.
     pub(crate) fn engine(&self, engine: &str) -> Option<&EngineUse> {
@@ -307,8 +300,7 @@ mod tests {
     #[test]
     fn several_vendors_answer_to_the_same_device_string() {
         let vendors = load(None).unwrap();
-        let cuda =
-            vendors.iter().filter(|v| v.engine("torch").is_some_and(|e| e.device_string(0) == "cuda:0"));
+        let cuda = vendors.iter().filter(|v| v.engine("torch").is_some_and(|e| e.device == "cuda:{index}"));
         assert!(cuda.count() >= 5, "a device string must never be taken for a kind");
     }
 

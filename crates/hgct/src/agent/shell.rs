@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use hgct_comm::monotonic_ns;
 use hgct_control::agent::{Agent, Effect, Event};
-use hgct_control::message::{Exit, UnusableDevice, WorkerStart};
+use hgct_control::message::{Exit, ToWorker, UnusableDevice, WorkerStart};
 use hgct_core::cluster::{Isolation, NodeSpec};
 use hgct_core::ids::{DeviceId, Kind};
 use rustix::process::Signal;
@@ -209,6 +209,12 @@ impl Shell {
                 Effect::WriteWorker { worker, envelope, payload } => {
                     if let Some(member) = self.crew.get(&worker) {
                         self.passed += payload.len();
+                        if envelope.message == ToWorker::Exit
+                            && let Some(held) = &member.held
+                        {
+                            // Its end need not wait for its quota; if that fails, it is slower.
+                            let _ = held.release();
+                        }
                         member.worker.send(&envelope, payload);
                     }
                 }
@@ -412,6 +418,12 @@ impl Shell {
         for _ in 0..LAST_PIECES {
             let Some(text) = member.worker.log.news() else { break };
             machine.handle(monotonic_ns(), Event::WorkerLog { worker: worker.clone(), text });
+        }
+        if let Some(used_ns) = member.held.and_then(|held| held.cpu_time_ns().ok()) {
+            eprintln!(
+                "hgct agent: {worker} ended with {exit} after {:.1} s of CPU time",
+                used_ns as f64 / 1e9
+            );
         }
         let log_tail = member.worker.log.tail();
         machine.handle(monotonic_ns(), Event::WorkerExited { worker, exit, log_tail });

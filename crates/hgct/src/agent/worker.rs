@@ -50,8 +50,7 @@ pub(super) struct Worker {
     pub(super) incarnation: u64,
     pub(super) log: Log,
     group: Group,
-    /// `None` once it is told to end by the end of its orders.
-    orders: Option<Sender<(Vec<u8>, Vec<u8>)>>,
+    orders: Sender<(Vec<u8>, Vec<u8>)>,
     window: Arc<Budget>,
 }
 
@@ -83,7 +82,7 @@ impl Worker {
         spawn("hgct-worker-wait", move || {
             await_end(&waiting, child, &heard_all, device, incarnation, &wakes);
         })?;
-        Ok(Self { incarnation, log, group, orders: Some(orders), window })
+        Ok(Self { incarnation, log, group, orders, window })
     }
 
     /// Process id.
@@ -98,17 +97,11 @@ impl Worker {
 
     /// Queues an order.
     pub(super) fn send(&self, envelope: &Envelope<ToWorker>, payload: Vec<u8>) {
-        let Some(orders) = &self.orders else { return };
         match encode_header(envelope, payload.len()) {
             // A pipe that is broken tells by the exit.
-            Ok(header) => drop(orders.send((header, payload))),
+            Ok(header) => drop(self.orders.send((header, payload))),
             Err(error) => eprintln!("hgct agent: an order cannot be sent: {error}"),
         }
-    }
-
-    /// Ends its orders, which ends a worker that still listens.
-    pub(super) fn dismiss(&mut self) {
-        self.orders = None;
     }
 
     /// Sends a signal to the process and all that it started.
@@ -346,7 +339,7 @@ read(1)
             other => panic!("{other:?}"),
         }
         // The end of its orders ends it.
-        worker.dismiss();
+        worker.orders = channel().0;
         assert_eq!(setup.exit().1, Exit::Code { code: 4 });
         assert_eq!(worker.log.tail(), "done");
         assert_eq!(worker.log.news().as_deref(), Some("done\n"));
