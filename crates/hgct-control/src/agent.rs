@@ -352,18 +352,24 @@ impl Agent {
         if self.state == State::Gone {
             return None;
         }
-        let kills = self.workers.values().filter_map(|worker| match worker.life {
-            Life::Ending { kill_ns: at } | Life::Killed { until_ns: at } => Some(at),
+        let leaves = self.state != State::Active;
+        let ends = self.workers.values().filter_map(|worker| match worker.life {
+            Life::Ending { kill_ns } => Some(kill_ns),
+            // Once it is over, only the last one's matters.
+            Life::Killed { until_ns } => Some(until_ns).filter(|at| leaves && *at > self.last_ns),
             Life::Spawning | Life::Running => None,
         });
-        let fixed = [self.next_heartbeat_ns, self.heard_ns.saturating_add(self.dead_after_ns)];
-        fixed.into_iter().chain(kills).min()
+        let silence_ns = self.heard_ns.saturating_add(self.dead_after_ns);
+        let silence = Some(silence_ns).filter(|_| !leaves);
+        ends.chain(silence).chain([self.next_heartbeat_ns]).min()
     }
 
     fn advance(&mut self, now_ns: u64) {
         let silent_ns = now_ns.saturating_sub(self.heard_ns);
         if self.state == State::Active && silent_ns >= self.dead_after_ns {
             let reason = format!("the coordinator was silent for {} ms", silent_ns / 1_000_000);
+            // It may be deaf in one direction only, and then name the right cause.
+            self.send(FromAgent::Leaving { reason: reason.clone() });
             self.leave_at_once(now_ns, reason);
         }
         let late = |worker: &Worker| matches!(worker.life, Life::Ending { kill_ns } if now_ns >= kill_ns);

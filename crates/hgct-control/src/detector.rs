@@ -3,7 +3,8 @@
 //! Two questions with two clocks:
 //!
 //! - *Alive?* Agents send heartbeats, workers send beats. Silence in the coordinator's clock makes
-//!   the sender suspect, then dead.
+//!   the sender suspect, then dead. Beats come through agents: while an agent is late, its workers'
+//!   silence says nothing of them.
 //! - *Progress?* A beat names the action that a worker is in and since when, in the worker's own
 //!   clock, so relays and queues do not count. Its allowance is the larger of a floor and a multiple
 //!   of the time that the plan predicts for the action. Slow is not dead.
@@ -54,6 +55,13 @@ impl Default for Limits {
             stall_floor_ns: 5 * SECOND_NS,
             stall_factor: 4,
         }
+    }
+}
+
+impl Limits {
+    /// Whether a heartbeat was missed.
+    fn is_late(&self, silent_ns: u64) -> bool {
+        silent_ns > self.heartbeat_ns.saturating_mul(2)
     }
 }
 
@@ -220,8 +228,8 @@ struct Watch {
 pub struct Detector {
     limits: Limits,
     agents: BTreeMap<NodeId, Life>,
-    /// From the first beat of a worker on.
-    workers: BTreeMap<DeviceId, Life>,
+    /// From the first beat of a worker on, with its node.
+    workers: BTreeMap<DeviceId, (NodeId, Life)>,
     watched: BTreeMap<DeviceId, Watch>,
 }
 
@@ -238,6 +246,13 @@ impl Detector {
 
     /// An agent said anything, or has just joined.
     pub fn agent_heard(&mut self, now_ns: u64, node: &NodeId) {
+        let silent_ns = self.agent_silence_ns(now_ns, node).unwrap_or(0);
+        if self.limits.is_late(silent_ns) {
+            // What its workers said meanwhile is still on its way.
+            for (_, life) in self.workers.values_mut().filter(|(on, _)| on == node) {
+                life.last_ns = life.last_ns.saturating_add(silent_ns);
+            }
+        }
         self.agents.insert(node.clone(), Life { last_ns: now_ns, reported: Reported::Alive });
     }
 
@@ -247,8 +262,9 @@ impl Detector {
     }
 
     /// A worker beat, or said anything else.
-    pub fn worker_heard(&mut self, now_ns: u64, worker: &DeviceId) {
-        self.workers.insert(worker.clone(), Life { last_ns: now_ns, reported: Reported::Alive });
+    pub fn worker_heard(&mut self, now_ns: u64, node: &NodeId, worker: &DeviceId) {
+        let life = Life { last_ns: now_ns, reported: Reported::Alive };
+        self.workers.insert(worker.clone(), (node.clone(), life));
     }
 
     /// A worker's process ended or is being ended.
@@ -277,8 +293,15 @@ impl Detector {
 
     /// A beat of a generation. One of another generation than the watched one is a sign of life and
     /// no more.
-    pub fn beat(&mut self, now_ns: u64, worker: &DeviceId, generation: Generation, beat: &WorkerBeat) {
-        self.worker_heard(now_ns, worker);
+    pub fn beat(
+        &mut self,
+        now_ns: u64,
+        node: &NodeId,
+        worker: &DeviceId,
+        generation: Generation,
+        beat: &WorkerBeat,
+    ) {
+        self.worker_heard(now_ns, node, worker);
         if let Some(watch) = self.watched.get_mut(worker)
             && watch.generation == generation
         {
@@ -298,7 +321,8 @@ impl Detector {
     /// The coordinator itself stood still for `gap_ns` (its machine slept, its process was stopped):
     /// nobody else is to blame for that silence.
     pub fn forgive(&mut self, gap_ns: u64) {
-        for life in self.agents.values_mut().chain(self.workers.values_mut()) {
+        let workers = self.workers.values_mut().map(|(_, life)| life);
+        for life in self.agents.values_mut().chain(workers) {
             life.last_ns = life.last_ns.saturating_add(gap_ns);
         }
     }
@@ -310,7 +334,7 @@ impl Detector {
 
     /// Silence of a worker that has beaten once.
     pub fn worker_silence_ns(&self, now_ns: u64, worker: &DeviceId) -> Option<u64> {
-        self.workers.get(worker).map(|life| now_ns.saturating_sub(life.last_ns))
+        self.workers.get(worker).map(|(_, life)| now_ns.saturating_sub(life.last_ns))
     }
 
     /// What is new at this time.
@@ -328,7 +352,12 @@ impl Detector {
                 Some(_) => Some(Verdict::AgentSuspect { node, silent_ns }),
             });
         }
-        for (worker, life) in &mut self.workers {
+        let late: Vec<NodeId> =
+            self.agents.keys().filter(|node| self.is_agent_late(now_ns, node)).cloned().collect();
+        for (worker, (node, life)) in &mut self.workers {
+            if late.contains(node) {
+                continue;
+            }
             let worker = worker.clone();
             let silent_ns = now_ns.saturating_sub(life.last_ns);
             verdicts.extend(match life.turn(&limits, silent_ns) {
@@ -343,19 +372,24 @@ impl Detector {
         verdicts
     }
 
-    /// When [`Self::verdicts`] has something new at the earliest, if nobody is heard before. Stalls
-    /// change with beats only.
-    pub fn next_ns(&self) -> Option<u64> {
+    /// When [`Self::verdicts`] has something new at the earliest, if nobody is heard before, as
+    /// seen at `now_ns`. Stalls change with beats only.
+    pub fn next_ns(&self, now_ns: u64) -> Option<u64> {
         let limits = &self.limits;
+        let workers = self.workers.values().filter(|(node, _)| !self.is_agent_late(now_ns, node));
         self.agents
             .values()
-            .chain(self.workers.values())
+            .chain(workers.map(|(_, life)| life))
             .filter_map(|life| match life.reported {
                 Reported::Alive => Some(life.last_ns.saturating_add(limits.suspect_ns)),
                 Reported::Suspect => Some(life.last_ns.saturating_add(limits.dead_ns)),
                 Reported::Dead => None,
             })
             .min()
+    }
+
+    fn is_agent_late(&self, now_ns: u64, node: &NodeId) -> bool {
+        self.agent_silence_ns(now_ns, node).is_some_and(|silent_ns| self.limits.is_late(silent_ns))
     }
 
     fn stalled(&mut self) -> Vec<Verdict> {

@@ -153,8 +153,8 @@ pub enum Command {
         deadline_ns: u64,
     },
     /// Hand each worker one request that it answers by itself (check, profile) →
-    /// [`Update::Answer`] for each, then [`Update::Answered`]. A request to generate goes to all
-    /// ranks of the loaded plan and has one answer.
+    /// [`Update::Answer`] for each, then [`Update::Answered`]. Requests to generate go to all
+    /// ranks of one pipeline together and have one answer.
     Ask {
         /// Whom and what.
         requests: Vec<(DeviceId, ToWorker)>,

@@ -68,34 +68,40 @@ impl Inquest {
         Some((root, also))
     }
 
-    /// Follows blame from `start` to a worker that blames nobody; in a circle, to where it closes.
+    /// Follows blame from `start` to a worker that blames nobody; in a circle, the first word counts.
     fn end_of_blame(&self, start: usize) -> Failure {
         let mut seen: Vec<&DeviceId> = Vec::new();
         let mut at = &self.evidence[start];
         loop {
-            let (Failure::WorkerFailed { worker: by, error, .. }, Some(blamed)) = (&at.failure, &at.blames)
-            else {
+            let (Some(blamed), Some(by)) = (&at.blames, at.failure.worker()) else {
                 return at.failure.clone();
             };
+            if seen.contains(&&by.device) {
+                return self.evidence[start].as_unreachable();
+            }
             seen.push(&by.device);
             let next = self.evidence.iter().find(|other| {
                 other.blames.is_some() && other.failure.worker().is_some_and(|w| w.device == blamed.device)
             });
             match next {
-                Some(next) if !seen.contains(&&blamed.device) => at = next,
-                _ => {
-                    return Failure::WorkerUnreachable {
-                        worker: blamed.clone(),
-                        by: by.clone(),
-                        error: error.clone(),
-                    };
-                }
+                Some(next) => at = next,
+                None => return at.as_unreachable(),
             }
         }
     }
 }
 
 impl Evidence {
+    fn as_unreachable(&self) -> Failure {
+        match (&self.failure, &self.blames) {
+            (Failure::WorkerFailed { worker: by, error, .. }, Some(worker)) => {
+                let (worker, by, error) = (worker.clone(), by.clone(), error.clone());
+                Failure::WorkerUnreachable { worker, by, error }
+            }
+            (failure, _) => failure.clone(),
+        }
+    }
+
     fn class(&self) -> u8 {
         match &self.failure {
             Failure::WorkerExited { exit: Exit::Signal { .. }, .. } | Failure::AgentLost { .. } => 1,
@@ -162,11 +168,13 @@ mod tests {
     }
 
     #[test]
-    fn blame_in_a_circle_ends() {
-        assert!(matches!(
-            root(vec![(failed(0), Some(1)), (failed(1), Some(0))]),
-            Failure::WorkerUnreachable { .. }
-        ));
+    fn in_a_circle_of_blame_the_first_word_counts() {
+        let Failure::WorkerUnreachable { worker: w, by, .. } =
+            root(vec![(failed(2), Some(0)), (failed(0), Some(1)), (failed(1), Some(0))])
+        else {
+            panic!("not blamed")
+        };
+        assert_eq!((w, by), (worker(0), worker(2)));
     }
 
     #[test]

@@ -185,7 +185,8 @@ impl Coordinator {
         }
         let inquest = self.inquest.as_ref().map(|inquest| inquest.opened_ns + self.config.cause_ns);
         let pending = self.pending.iter().map(|pending| pending.deadline_ns);
-        [Some(self.next_heartbeat_ns), self.deadline_ns, self.detector.next_ns(), inquest]
+        let verdict = self.detector.next_ns(self.last_ns).filter(|_| self.phase != Phase::Ending);
+        [Some(self.next_heartbeat_ns), self.deadline_ns, verdict, inquest]
             .into_iter()
             .flatten()
             .chain(pending)

@@ -61,6 +61,10 @@ impl Coordinator {
             self.reject("load", reason);
             return;
         }
+        if self.stop_requested {
+            self.reject("load", "a stop was asked for: end the run");
+            return;
+        }
         if let Err(error) = spec.plan.validate() {
             self.reject("load", error.to_string());
             return;
@@ -173,11 +177,11 @@ impl Coordinator {
         }
         if let FromWorker::Beat(beat) = message {
             self.clocks.entry(device.clone()).or_default().beat(now_ns, beat.now_ns);
-            self.detector.beat(now_ns, &device, generation, &beat);
+            self.detector.beat(now_ns, node, &device, generation, &beat);
             self.update(Update::WorkerAlive { worker: device, beat });
             return;
         }
-        self.detector.worker_heard(now_ns, &device);
+        self.detector.worker_heard(now_ns, node, &device);
         let ours = self.training.as_ref().filter(|t| t.rank(&device).is_some()).map(|t| t.generation);
         if ours.is_some_and(|ours| frame::fence(generation, ours).is_err()) {
             return;
@@ -323,7 +327,8 @@ impl Coordinator {
         }
         self.detector.unwatch(device);
         training.stopped |= stopped;
-        let stopped = training.stopped;
+        // One that came too late for the ranks is still wanted.
+        let stopped = training.stopped || self.stop_requested;
         let (is_last, committed) = (training.unfinished.is_empty(), training.committed());
         if !is_last {
             if self.phase == Phase::Running {
