@@ -1,6 +1,8 @@
 //! `job.toml`: what to train, on what, how, and what the user wants of the plan.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::canonical::Hash;
 use crate::dtype::DType;
@@ -112,8 +114,8 @@ pub struct Recipe {
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     /// Least number of kinds in the plan, where a kind counts only with at least half of what its
-    /// own speed would give.
-    pub min_kinds: u32,
+    /// own speed would give: a number, or `"all"`.
+    pub min_kinds: MinKinds,
     /// The form of the plan.
     pub shape: PlanShape,
     /// Use only these devices.
@@ -122,6 +124,79 @@ pub struct Policy {
     pub micro_batches: Vec<u32>,
     /// Most micro-batches of one pipeline in a step; 0: no limit.
     pub max_micro_batches: u32,
+}
+
+/// How many kinds must count in a plan: `min_kinds = 3` or `min_kinds = "all"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MinKinds {
+    /// At least so many; a plan with fewer is an error.
+    AtLeast(u32),
+    /// As many as can count of those that are there, which may be different ones on every host.
+    All,
+}
+
+impl Default for MinKinds {
+    fn default() -> Self {
+        Self::AtLeast(0)
+    }
+}
+
+impl From<u32> for MinKinds {
+    fn from(least: u32) -> Self {
+        Self::AtLeast(least)
+    }
+}
+
+impl MinKinds {
+    /// What is asked for where `present` kinds are there.
+    pub fn wanted(self, present: u32) -> u32 {
+        match self {
+            Self::AtLeast(least) => least,
+            Self::All => present,
+        }
+    }
+}
+
+impl Serialize for MinKinds {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::AtLeast(least) => serializer.serialize_u32(*least),
+            Self::All => serializer.serialize_str("all"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MinKinds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        deserializer.deserialize_any(MinKindsVisitor)
+    }
+}
+
+struct MinKindsVisitor;
+
+impl de::Visitor<'_> for MinKindsVisitor {
+    type Value = MinKinds;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("`policy.min_kinds` to be a number or \"all\"")
+    }
+
+    fn visit_u64<E: de::Error>(self, found: u64) -> std::result::Result<MinKinds, E> {
+        let invalid = |_| E::invalid_value(de::Unexpected::Unsigned(found), &self);
+        u32::try_from(found).map(MinKinds::AtLeast).map_err(invalid)
+    }
+
+    fn visit_i64<E: de::Error>(self, found: i64) -> std::result::Result<MinKinds, E> {
+        let invalid = |_| E::invalid_value(de::Unexpected::Signed(found), &self);
+        u32::try_from(found).map(MinKinds::AtLeast).map_err(invalid)
+    }
+
+    fn visit_str<E: de::Error>(self, found: &str) -> std::result::Result<MinKinds, E> {
+        match found {
+            "all" => Ok(MinKinds::All),
+            _ => Err(E::invalid_value(de::Unexpected::Str(found), &self)),
+        }
+    }
 }
 
 /// Which plans may be chosen.
@@ -257,6 +332,23 @@ mod tests {
         assert!((recipe.learning_rate_at(9) - 0.01).abs() < 1e-12);
         assert!((recipe.learning_rate_at(100) - 0.001).abs() < 1e-12);
         assert!((10..99).all(|s| recipe.learning_rate_at(s) > recipe.learning_rate_at(s + 1)));
+    }
+
+    #[test]
+    fn kinds_are_asked_for_by_number_or_all_of_them() {
+        let job =
+            |value: &str| JobSpec::from_toml("job.toml", &format!("{JOB}[policy]\nmin_kinds = {value}\n"));
+        for (value, wanted) in [("3", 3), ("\"all\"", 4)] {
+            let job = job(value).unwrap();
+            assert_eq!(job.policy.min_kinds.wanted(4), wanted);
+            let again: JobSpec = serde_json::from_str(&serde_json::to_string(&job).unwrap()).unwrap();
+            assert_eq!(again, job);
+        }
+        assert_eq!(JobSpec::from_toml("job.toml", JOB).unwrap().policy.min_kinds.wanted(4), 0);
+        for value in ["\"al\"", "-1", "0.5"] {
+            let error = job(value).unwrap_err().to_string();
+            assert!(error.contains("expected `policy.min_kinds` to be a number or \"all\""), "{error}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use hgct_core::canonical::Hash;
 use hgct_core::cluster::ClusterSpec;
-use hgct_core::job::{JobSpec, PlanShape};
+use hgct_core::job::{JobSpec, MinKinds, PlanShape};
 use hgct_core::model::ModelSpec;
 use hgct_core::plan::{Plan, Prediction, RankPrediction};
 use hgct_core::profile::Profile;
@@ -79,19 +79,30 @@ pub struct Planned {
 pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
     let fleet = Fleet::new(input)?;
     let policy = &input.job.policy;
-    if policy.min_kinds as usize > fleet.kinds.len() {
+    let min_kinds = policy.min_kinds.wanted(fleet.kinds.len() as u32);
+    if min_kinds as usize > fleet.kinds.len() {
         return Err(Error::MinKinds {
-            wanted: policy.min_kinds,
+            wanted: min_kinds,
             reason: format!("there are {} kinds to plan for", fleet.kinds.len()),
         });
     }
-    let mut planner = Planner { fleet: &fleet, budget, rejected: Vec::new(), start: None };
+    let mut planner = Planner { fleet: &fleet, budget, min_kinds, rejected: Vec::new(), start: None };
     let without = planner.without_each()?;
     planner.others()?;
-    let space = Planner::space(fleet.counts(), policy.shape, policy.min_kinds);
-    let outcome = search(&fleet, &space, planner.start.take(), budget)?;
+    let mut rejected = planner.rejected;
+    let mut space = Planner::space(fleet.counts(), policy.shape, min_kinds);
+    let mut outcome = search(&fleet, &space, planner.start.take(), budget)?;
+    // All there are, or as many of them as a plan can give enough to do.
+    while policy.min_kinds == MinKinds::All
+        && outcome.best.is_none()
+        && outcome.finished
+        && space.min_kinds > 1
+    {
+        rejected.push(Rejected::new(&fleet, format!("{} kinds that count", space.min_kinds), &outcome));
+        space.min_kinds -= 1;
+        outcome = search(&fleet, &space, None, budget)?;
+    }
     let Some(best) = outcome.best.clone() else { return Err(no_plan(&fleet, &space, &outcome)) };
-    let rejected = planner.rejected;
     finish(&fleet, &best, &outcome, &without, rejected)
 }
 
@@ -109,6 +120,7 @@ pub(crate) struct WithoutOne {
 struct Planner<'a> {
     fleet: &'a Fleet<'a>,
     budget: &'a Budget<'a>,
+    min_kinds: u32,
     rejected: Vec<Rejected>,
     /// The best so far that the policy allows.
     start: Option<Evaluated>,
@@ -136,7 +148,7 @@ impl Planner<'_> {
             PlanShape::Pipeline => pipelines.len() == 1 && used == self.fleet.devices.len(),
         };
         if allowed
-            && found.sketch.kinds_that_count(self.fleet) >= policy.min_kinds
+            && found.sketch.kinds_that_count(self.fleet) >= self.min_kinds
             && self.start.as_ref().is_none_or(|best| found.step_ns < best.step_ns)
         {
             self.start = Some(found.clone());

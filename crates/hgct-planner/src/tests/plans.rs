@@ -1,6 +1,6 @@
 //! Plans of whole instances, their text, their errors.
 
-use hgct_core::job::PlanShape;
+use hgct_core::job::{MinKinds, PlanShape};
 use hgct_core::plan::Plan;
 use proptest::prelude::*;
 
@@ -106,9 +106,9 @@ fn a_device_that_costs_more_than_it_gives_is_left_out_unless_asked_for() {
     let without = planned(&instance);
     assert_eq!(without.plan.ranks.len(), 2);
     assert!(without.explanation.to_string().contains("left out"));
-    instance.job.policy.min_kinds = 3;
+    instance.job.policy.min_kinds = 3.into();
     let asked = plan(&instance.input(), &Budget::default());
-    match asked {
+    match &asked {
         // Half of its share may be less than a micro-batch or a layer.
         Ok(with) => {
             assert_eq!(with.plan.ranks.len(), 3);
@@ -117,16 +117,28 @@ fn a_device_that_costs_more_than_it_gives_is_left_out_unless_asked_for() {
         }
         Err(error) => assert!(matches!(error, Error::MinKinds { wanted: 3, .. }), "{error}"),
     }
+    // `all` asks for those that can count, and says which number could not.
+    instance.job.policy.min_kinds = MinKinds::All;
+    let all = planned(&instance);
+    if let Ok(with) = asked {
+        assert_eq!(all.plan.ranks.len(), with.plan.ranks.len());
+    } else {
+        assert_eq!(all.explanation.step_ns, without.explanation.step_ns);
+        assert!(all.explanation.to_string().contains("3 kinds that count"));
+    }
 }
 
 #[test]
 fn all_kinds_asked_for_all_count() {
     let mut instance = Shape::four_kinds().build();
-    instance.job.policy.min_kinds = 4;
+    instance.job.policy.min_kinds = 4.into();
     for row in planned(&instance).explanation.devices {
         assert!(row.share_permille * 2 >= row.fair_share_permille, "{row:?}");
     }
-    instance.job.policy.min_kinds = 5;
+    let four = planned(&instance);
+    instance.job.policy.min_kinds = MinKinds::All;
+    assert_eq!(planned(&instance).explanation, four.explanation);
+    instance.job.policy.min_kinds = 5.into();
     let error = plan(&instance.input(), &Budget::default()).unwrap_err();
     assert_eq!(error.to_string(), "job: `policy.min_kinds` is 5, but there are 4 kinds to plan for");
 }
