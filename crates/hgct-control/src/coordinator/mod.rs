@@ -36,6 +36,7 @@
 //! are facts of no generation.
 
 mod api;
+mod commands;
 mod inquest;
 mod outcome;
 mod session;

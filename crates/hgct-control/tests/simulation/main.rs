@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod driver;
+mod faults;
+mod processes;
 mod random;
 mod scenario;
 mod worker;

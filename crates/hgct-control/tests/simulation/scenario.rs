@@ -137,8 +137,10 @@ impl Fault {
             | FaultKind::FailWorker(hit)
             | FaultKind::HangWorker(hit)
             | FaultKind::StallWorker(hit) => worker == Some(hit),
-            FaultKind::KillAgent(hit) | FaultKind::Reset(hit) => node == Some(hit),
-            FaultKind::HangAgent(hit, _) | FaultKind::Hold(hit, _) => node == Some(hit),
+            FaultKind::KillAgent(hit)
+            | FaultKind::Reset(hit)
+            | FaultKind::HangAgent(hit, _)
+            | FaultKind::Hold(hit, _) => node == Some(hit),
             _ => false,
         }
     }
