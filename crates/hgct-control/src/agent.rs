@@ -572,3 +572,6 @@ impl Agent {
         self.effects.push_back(Effect::Send { envelope, payload });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -459,3 +459,6 @@ impl Watch {
         (since_ns > allowed_ns).then(|| (worker.clone(), stall, waiting))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,3 +1,84 @@
 //! The hgct command.
 
-fn main() {}
+mod agent;
+mod bench;
+mod ckpt;
+mod commands;
+mod coordinator;
+mod date;
+mod devices;
+mod environments;
+mod grants;
+mod job;
+mod process;
+mod session;
+mod stages;
+mod train;
+mod vendors;
+mod workspace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Trains one model on devices of several vendors and frameworks at once.
+#[derive(Debug, Parser)]
+#[command(name = "hgct", version, propagate_version = true)]
+struct Cli {
+    /// Folder of environments, caches and runs
+    #[arg(long, global = true, value_name = "DIR", default_value = ".hgct")]
+    dir: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show which devices this host offers, and why others cannot be used
+    Devices(devices::Args),
+    /// Run the conformance suite on devices
+    Check(commands::CheckArgs),
+    /// Measure the devices for a job
+    #[command(after_help = "Example:\n  hgct profile job.toml --output profile.json")]
+    Profile(commands::PlanArgs),
+    /// Plan a job under what was measured, and say why this plan
+    #[command(after_help = "Example:\n  hgct plan job.toml --output plan.json")]
+    Plan(commands::PlanArgs),
+    /// Train a job: discover, check, profile, plan, train, report
+    Train(train::TrainArgs),
+    /// Serve a run on this host: start and watch its workers
+    Agent(agent::AgentArgs),
+    /// Measure what hgct claims
+    Bench(bench::BenchArgs),
+    /// Inspect or export checkpoints
+    Ckpt(ckpt::CkptArgs),
+    /// Turn a job's text into token files
+    Data(job::DataArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = coordinator::block_signals().and_then(|()| run(&cli));
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("hgct: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<u8> {
+    match &cli.command {
+        Command::Devices(args) => devices::run(&cli.dir, args),
+        Command::Check(args) => commands::check(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Profile(args) => commands::profile(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Plan(args) => commands::plan(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Train(args) => train::run(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Agent(args) => agent::run(&cli.dir, args),
+        Command::Bench(args) => bench::run(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Ckpt(args) => ckpt::run(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Data(args) => job::prepare_data(&workspace::Workspace::open(&cli.dir)?, args),
+    }
+}

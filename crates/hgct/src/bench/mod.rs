@@ -1,0 +1,29 @@
+//! `hgct bench`: every figure that hgct claims, as a command.
+
+mod figures;
+mod plain;
+mod training;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// `hgct bench`
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// How much of the kinds' summed speed one job over all of them reaches
+    Training(training::TrainingArgs),
+}
+
+pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<u8> {
+    match &args.command {
+        BenchCommand::Training(args) => training::run(workspace, args),
+    }
+}

@@ -1,0 +1,550 @@
+//! `hgct bench training`: four stacks under quotas, alone and together.
+//!
+//! Quotas stand in for four kinds of card of unequal speed; all threads of a worker are held to its
+//! quota by a control group of its own. In each round the kinds first train alone, all side by side
+//! (so they share caches and memory as they do together, but exchange nothing), then together under
+//! each plan. Efficiency is the ratio of the two, round by round.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Args;
+use hgct_control::coordinator::{Command, LoadSpec, Update};
+use hgct_control::message::{FromWorker, StepReport, ToWorker, WorkerOptions};
+use hgct_core::canonical;
+use hgct_core::cluster::{ClusterSpec, DeviceSpec, Grant, Isolation};
+use hgct_core::ids::{DeviceId, Rank, RunId};
+use hgct_core::job::PlanShape;
+use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
+use hgct_core::profile::Profile;
+use hgct_planner::{Budget, PlanInput, Planned, simulate_free_communication};
+
+use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench};
+use super::plain::PlainLoop;
+use crate::job::{LoadedJob, PreparedData};
+use crate::session::{Session, with_grants};
+use crate::stages::{Choices, Fleet};
+use crate::train::{AgentArgs, session_options};
+use crate::workspace::{Workspace, write_atomically};
+
+/// Engine, thousandths of a core, core: the slowest is about 12 % of the sum, the fastest three
+/// times as fast.
+const QUOTAS: [(&str, u32, u32); 4] = [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
+
+/// How far a kind's CPU share may be off its quota before a round is void.
+const SHARE_TOLERANCE: f64 = 0.02;
+
+/// `hgct bench training`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  hgct bench training --rounds 5 --json
+
+Needs root: quotas are held by control groups.")]
+pub(crate) struct TrainingArgs {
+    /// Rounds that count
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Steps a plan and round, after one that does not count
+    #[arg(long, default_value_t = 2)]
+    steps: u64,
+    /// Samples of 256 tokens a step
+    #[arg(long, default_value_t = 64)]
+    global_batch: u32,
+    /// Only the planner's choice, and no plain loop
+    #[arg(long)]
+    quick: bool,
+    /// Text to train on
+    #[arg(long, value_name = "PATH", default_value = "crates:Cargo.lock")]
+    data: String,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Keep the result in this folder
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    agents: AgentArgs,
+}
+
+pub(crate) fn run(workspace: &Workspace, args: &TrainingArgs) -> Result<u8> {
+    let loaded = job(workspace, args)?;
+    let data = loaded.prepare_data(workspace)?;
+    let run = RunId::new(format!("{}-bench-{}", crate::date::stamp(), std::process::id()))?;
+    let folder = workspace.root().join("sessions").join(run.as_str());
+    let mut session = Session::open(workspace, &session_options(run, folder, &args.agents))?;
+    let result = measure(workspace, args, &loaded, &data, &mut session);
+    let closed = session.close();
+    let bench = result?;
+    closed?;
+    if let Some(folder) = &args.output {
+        let name = format!("training-{}", &bench.measured_at[..10]);
+        write_atomically(&folder.join(format!("{name}.json")), canonical::encode(&bench).as_bytes(), 0o644)?;
+        write_atomically(&folder.join(format!("{name}.txt")), format!("{bench}\n").as_bytes(), 0o644)?;
+    }
+    if args.json {
+        print!("{}", canonical::encode(&bench));
+    } else {
+        println!("{bench}");
+    }
+    Ok(0)
+}
+
+/// The benchmark's job, with the data that was asked for.
+fn job(workspace: &Workspace, args: &TrainingArgs) -> Result<LoadedJob> {
+    let folder = workspace.root().join("bench/training");
+    let data = match args.data.split_once(':') {
+        Some((scheme, path)) => format!("{scheme}:{}", absolute(path)?),
+        None => absolute(&args.data)?,
+    };
+    let text = include_str!("job.toml")
+        .replace("@DATA@", &data)
+        .replace("global_batch = 64", &format!("global_batch = {}", args.global_batch));
+    write_atomically(&folder.join("job.toml"), text.as_bytes(), 0o644)?;
+    write_atomically(&folder.join("config.json"), include_bytes!("config.json"), 0o644)?;
+    LoadedJob::read(&folder.join("job.toml"))
+}
+
+fn absolute(path: &str) -> Result<String> {
+    let path = std::fs::canonicalize(path).with_context(|| format!("cannot find {path}: name a text with --data"))?;
+    Ok(path.to_string_lossy().into_owned())
+}
+
+/// What is compared.
+struct Candidate {
+    name: String,
+    plan: Arc<Plan>,
+    planned: Planned,
+}
+
+/// One step under a plan: the reports of all ranks.
+type Step = Vec<StepReport>;
+
+/// What one round gave.
+struct Round {
+    /// Tokens a second of each device alone, all side by side.
+    alone: BTreeMap<DeviceId, f64>,
+    /// Nanoseconds of exchange (the optimizer) a step of each device alone.
+    alone_exchange_ns: BTreeMap<DeviceId, f64>,
+    /// Counted steps of each candidate.
+    together: Vec<Vec<Step>>,
+}
+
+fn measure(
+    workspace: &Workspace,
+    args: &TrainingArgs,
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+) -> Result<TrainingBench> {
+    let (mut fleet, _) = Fleet::discover(session, &Choices::default())?;
+    fleet.cluster = quotas(fleet.cluster)?;
+    let devices = fleet.devices();
+    fleet.start(session, &devices)?;
+    fleet.hold(session)?;
+    if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
+        bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
+    }
+    let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &Choices { fresh: true, ..Choices::default() })?;
+    let meta = &data.prepared.meta;
+    session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
+    let candidates = candidates(loaded, &fleet.cluster, &profile, args.quick)?;
+    let alone: Vec<(DeviceSpec, Plan)> = alone_plans(loaded, &fleet.cluster, &profile)?;
+
+    let mut rounds = Vec::new();
+    let mut void_rounds = 0;
+    while rounds.len() < args.rounds {
+        if void_rounds > 2 * args.rounds {
+            bail!("{void_rounds} rounds were void: something else uses these cores");
+        }
+        let round = round(args, loaded, data, session, &candidates, &alone)?;
+        let off = worst_share(&round, &candidates, &fleet.cluster);
+        if off > SHARE_TOLERANCE {
+            eprintln!("round void: a kind's CPU share is off by {:.1} %", 100.0 * off);
+            void_rounds += 1;
+            continue;
+        }
+        eprintln!("round {} of {}", rounds.len() + 1, args.rounds);
+        rounds.push(round);
+    }
+    let one_by_one = if args.quick { None } else { Some(one_after_another(loaded, data, session, &alone)?) };
+    let overhead = if args.quick { None } else { overhead(workspace, args, loaded, data, session, &alone)? };
+    figures(args, &fleet.cluster, &profile, &candidates, &rounds, void_rounds, one_by_one, overhead)
+}
+
+/// The four stacks, each with its quota, core and one thread.
+fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
+    let mut nodes = cluster.nodes;
+    for node in &mut nodes {
+        node.devices.retain(|device| device.host_resource == "cpu" && QUOTAS.iter().any(|(engine, ..)| *engine == device.engine));
+        node.devices.sort_by_key(|device| QUOTAS.iter().position(|(engine, ..)| *engine == device.engine));
+        node.devices.dedup_by_key(|device| device.engine.clone());
+    }
+    let mut cluster = with_grants(nodes)?;
+    for device in cluster.nodes.iter_mut().flat_map(|node| &mut node.devices) {
+        let quota = QUOTAS.iter().find(|(engine, ..)| *engine == device.engine);
+        let (_, cpu_millicores, core) = *quota.ok_or_else(|| anyhow!("{} has no quota", device.id))?;
+        let memory_bytes = device.grant.memory_bytes;
+        device.grant = Grant { cpu_millicores, cores: vec![core], threads: 1, memory_bytes };
+    }
+    cluster.validate("the benchmark's cluster")?;
+    match cluster.devices().count() {
+        4 => Ok(cluster),
+        n => bail!("the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"),
+    }
+}
+
+/// The planner's choice, forced data-parallel, forced pipeline; equal ones are one.
+fn candidates(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile, quick: bool) -> Result<Vec<Candidate>> {
+    let shapes: &[(&str, PlanShape)] = if quick {
+        &[("planner", PlanShape::Any)]
+    } else {
+        &[("planner", PlanShape::Any), ("data-parallel", PlanShape::DataParallel), ("pipeline", PlanShape::Pipeline)]
+    };
+    let mut found: Vec<Candidate> = Vec::new();
+    for (name, shape) in shapes {
+        let mut job = loaded.job.clone();
+        job.policy.shape = *shape;
+        if *shape == PlanShape::Pipeline {
+            // At least 16 micro-batches.
+            job.policy.micro_batches.retain(|size| job.recipe.global_batch / size >= 16);
+        }
+        let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
+        let planned = hgct_planner::plan(&input, &Budget::default())?;
+        eprintln!("{name}:\n{}", planned.explanation);
+        match found.iter_mut().find(|known| known.plan.pipelines == planned.plan.pipelines && known.plan.stages == planned.plan.stages) {
+            Some(known) => known.name = format!("{} = {name}", known.name),
+            None => found.push(Candidate { name: (*name).into(), plan: Arc::new(planned.plan.clone()), planned }),
+        }
+    }
+    Ok(found)
+}
+
+/// For each device a plan of its own: its best micro-batch, and about its share of the global batch,
+/// so that the optimizer weighs as much as it does together.
+fn alone_plans(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<(DeviceSpec, Plan)>> {
+    let mut speeds = Vec::new();
+    for (node, device) in cluster.devices() {
+        let row = profile.device(&device.id).ok_or_else(|| anyhow!("{} was not measured", device.id))?;
+        let seconds = |size: u32| -> Option<f64> {
+            let mut ns = 0;
+            for layer in 0..loaded.model.num_placeable_layers() {
+                let row = row.layer(loaded.model.layer_kind(layer), size)?;
+                ns += row.forward.median_ns + row.backward.median_ns;
+            }
+            Some((ns + 2 * row.action_overhead_ns) as f64 / 1e9)
+        };
+        let best = row
+            .micro_batches()
+            .into_iter()
+            .filter_map(|size| Some((size, f64::from(size) / seconds(size)?)))
+            .max_by(|a, b| a.1.total_cmp(&b.1))
+            .ok_or_else(|| anyhow!("{} has no complete micro-batch size", device.id))?;
+        speeds.push((node.name.clone(), device.clone(), best));
+    }
+    let total: f64 = speeds.iter().map(|(_, _, (_, speed))| speed).sum();
+    let plan = |(node, device, (size, speed)): (hgct_core::ids::NodeId, DeviceSpec, (u32, f64))| {
+        let share = f64::from(loaded.job.recipe.global_batch) * speed / total;
+        let number = ((share / f64::from(size)).round() as u32).max(1);
+        let layers = loaded.model.num_placeable_layers();
+        let rank = PlanRank { device: device.id.clone(), kind: device.kind.clone(), node, grant: device.grant.clone() };
+        let plan = PlanBuilder::new(loaded.model.clone(), loaded.job.recipe.seq_len, size * number)
+            .rank(rank)
+            .pipeline(size, number, &[(Rank(0), layers)])
+            .build()?;
+        Ok((device, plan))
+    };
+    speeds.into_iter().map(plan).collect()
+}
+
+fn round(
+    args: &TrainingArgs,
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+    candidates: &[Candidate],
+    alone: &[(DeviceSpec, Plan)],
+) -> Result<Round> {
+    let steps = train_alone(loaded, data, session, alone, Duration::from_secs(12))?;
+    let mut round = Round { alone: BTreeMap::new(), alone_exchange_ns: BTreeMap::new(), together: Vec::new() };
+    for (device, steps) in steps {
+        round.alone.insert(device.clone(), speed(&steps));
+        let exchange: f64 = steps.iter().map(|step| step.exchange_ns as f64).sum();
+        round.alone_exchange_ns.insert(device, exchange / steps.len() as f64);
+    }
+    for candidate in candidates {
+        round.together.push(train_together(args, loaded, data, session, candidate)?);
+    }
+    Ok(round)
+}
+
+/// All devices train alone at the same time; the counted steps of each.
+fn train_alone(
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+    alone: &[(DeviceSpec, Plan)],
+    budget: Duration,
+) -> Result<BTreeMap<DeviceId, Vec<StepReport>>> {
+    let requests = alone
+        .iter()
+        .map(|(device, plan)| {
+            let order = ToWorker::TrainAlone {
+                plan: Box::new(plan.clone()),
+                recipe: loaded.job.recipe.clone(),
+                train_tokens: data.prepared.meta.train.sha256.clone(),
+                warm_up_steps: 1,
+                budget_ns: budget.as_nanos() as u64,
+            };
+            (device.id.clone(), order)
+        })
+        .collect();
+    let deadline = Duration::from_secs(300);
+    session.shell.command(Command::Ask { requests, deadline_ns: deadline.as_nanos() as u64 })?;
+    let mut found = BTreeMap::new();
+    let failed = session.wait_for("training alone", deadline + Duration::from_secs(5), |update| match update {
+        Update::Answer { worker, answer: FromWorker::TrainedAlone { steps } } => {
+            found.insert(worker, steps);
+            None
+        }
+        Update::Answered { failed } => Some(failed),
+        _ => None,
+    })?;
+    match failed.into_iter().next() {
+        None => Ok(found),
+        Some((device, failure)) => bail!("{device} could not train alone: {failure}"),
+    }
+}
+
+/// A few steps of a plan; the counted ones.
+fn train_together(
+    args: &TrainingArgs,
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+    candidate: &Candidate,
+) -> Result<Vec<Step>> {
+    let deadline = Duration::from_secs(120);
+    session.shell.command(Command::Load(Box::new(LoadSpec {
+        plan: (*candidate.plan).clone(),
+        timeline: Some(candidate.planned.timeline.clone()),
+        recipe: loaded.job.recipe.clone(),
+        train_tokens: data.prepared.meta.train.sha256.clone(),
+        held_out_tokens: None,
+        options: WorkerOptions {
+            shared_memory: true,
+            wire_delay_ns: 0,
+            step_deadline_ns: deadline.as_nanos() as u64,
+            timeline_every: 0,
+            final_checkpoint: false,
+        },
+        deadline_ns: deadline.as_nanos() as u64,
+    })))?;
+    session.wait_for("loaded stages", deadline, |update| matches!(update, Update::Loaded { .. }).then_some(()))?;
+    session.shell.command(Command::Start {
+        step: 0,
+        num_updates: 0,
+        end_step: args.steps + 1,
+        deadline_ns: deadline.as_nanos() as u64,
+    })?;
+    let mut steps = Vec::new();
+    session.wait_for("the last step", Duration::from_secs(600), |update| match update {
+        Update::StepCommitted { step, reports } => {
+            if step > 0 {
+                steps.push(reports);
+            }
+            None
+        }
+        Update::Finished { .. } => Some(()),
+        _ => None,
+    })?;
+    Ok(steps)
+}
+
+/// Each kind alone while the others are idle.
+fn one_after_another(
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+    alone: &[(DeviceSpec, Plan)],
+) -> Result<f64> {
+    let mut sum = 0.0;
+    for one in alone {
+        let steps = train_alone(loaded, data, session, std::slice::from_ref(one), Duration::from_secs(10))?;
+        sum += steps.values().map(|steps| speed(steps)).sum::<f64>();
+    }
+    Ok(sum)
+}
+
+/// 1 − hgct ÷ plain PyTorch, pair by pair, all else idle.
+fn overhead(
+    workspace: &Workspace,
+    args: &TrainingArgs,
+    loaded: &LoadedJob,
+    data: &PreparedData,
+    session: &mut Session,
+    alone: &[(DeviceSpec, Plan)],
+) -> Result<Option<f64>> {
+    let Some(torch) = alone.iter().find(|(device, _)| device.engine == "torch") else { return Ok(None) };
+    let pipeline = &torch.1.pipelines[0];
+    let shape = (torch.1.seq_len, pipeline.micro_batch, pipeline.num_micro_batches);
+    let config = workspace.root().join("bench/training/config.json");
+    let mut plain = PlainLoop::start(workspace, &torch.0, &config, &data.prepared.train_path(), shape)?;
+    let tokens = f64::from(torch.1.global_batch * torch.1.seq_len);
+    let mut ratios = Vec::new();
+    for _ in 0..args.rounds {
+        let ours = train_alone(loaded, data, session, std::slice::from_ref(torch), Duration::from_secs(10))?;
+        let ours = ours.values().map(|steps| speed(steps)).sum::<f64>();
+        let seconds = plain.measure(1, 2)?;
+        let theirs = tokens * seconds.len() as f64 / seconds.iter().sum::<f64>();
+        ratios.push(1.0 - ours / theirs);
+    }
+    Ok(Figure::of(ratios).map(|figure| figure.median))
+}
+
+/// Tokens a second over all steps.
+fn speed(steps: &[StepReport]) -> f64 {
+    let tokens: u64 = steps.iter().map(|step| step.num_tokens).sum();
+    let ns: u64 = steps.iter().map(|step| step.step_ns).sum();
+    tokens as f64 * 1e9 / ns as f64
+}
+
+/// A kind's CPU time over the wall time of its compute actions, as a part of its quota.
+fn share_of_quota(steps: &[Step], rank: usize, plan: &Plan) -> f64 {
+    let cpu: u64 = steps.iter().map(|step| step[rank].compute_cpu_ns).sum();
+    let wall: u64 = steps.iter().map(|step| step[rank].compute_ns).sum();
+    cpu as f64 / wall.max(1) as f64 * 1000.0 / f64::from(plan.ranks[rank].grant.cpu_millicores)
+}
+
+/// How far the worst kind's share is off, over the rows in which kinds do not wait inside of a step:
+/// after a wait a quota's period begins with a credit.
+fn worst_share(round: &Round, candidates: &[Candidate], _cluster: &ClusterSpec) -> f64 {
+    let mut worst = 0f64;
+    for (candidate, steps) in candidates.iter().zip(&round.together) {
+        if candidate.plan.pipelines.iter().all(|pipeline| pipeline.stages.len() == 1) {
+            for rank in 0..candidate.plan.ranks.len() {
+                worst = worst.max((share_of_quota(steps, rank, &candidate.plan) - 1.0).abs());
+            }
+        }
+    }
+    worst
+}
+
+#[allow(clippy::too_many_arguments, reason = "everything that was measured, once")]
+fn figures(
+    args: &TrainingArgs,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+    candidates: &[Candidate],
+    rounds: &[Round],
+    void_rounds: usize,
+    one_by_one: Option<f64>,
+    worker_overhead: Option<f64>,
+) -> Result<TrainingBench> {
+    let none = || anyhow!("no round counts");
+    let mut plans = Vec::new();
+    let mut rows = Vec::new();
+    let mut pipeline_of_dry_run = None;
+    for (at, candidate) in candidates.iter().enumerate() {
+        let plan = &candidate.plan;
+        let tokens = f64::from(plan.global_batch) * f64::from(plan.seq_len);
+        let step_s = |round: &Round| {
+            let steps = &round.together[at];
+            let longest = |step: &Step| step.iter().map(|r| r.step_ns).max().unwrap_or(0) as f64 / 1e9;
+            steps.iter().map(longest).sum::<f64>() / steps.len() as f64
+        };
+        let alone_sum = |round: &Round| round.alone.values().sum::<f64>();
+        let step = Figure::of(rounds.iter().map(step_s).collect()).ok_or_else(none)?;
+        let efficiency = Figure::of(rounds.iter().map(|r| tokens / step_s(r) / alone_sum(r)).collect()).ok_or_else(none)?;
+        let predicted = candidate.planned.plan.prediction.as_ref().map_or(0.0, |p| p.step_ns as f64 / 1e9);
+        let losses: Vec<Losses> = rounds.iter().map(|round| losses(plan, round, at, step_s(round))).collect();
+        let mean = |part: fn(&Losses) -> f64| losses.iter().map(part).sum::<f64>() / losses.len() as f64;
+        plans.push(PlanRow {
+            plan: candidate.name.clone(),
+            tokens_per_second: Figure::of(rounds.iter().map(|r| tokens / step_s(r)).collect()).ok_or_else(none)?,
+            efficiency,
+            step_seconds: step,
+            predicted_step_seconds: predicted,
+            prediction_error: (predicted - step.median).abs() / step.median,
+            losses: Losses {
+                rounding: mean(|l| l.rounding),
+                exchange: mean(|l| l.exchange),
+                waiting: mean(|l| l.waiting),
+                unexplained: mean(|l| l.unexplained),
+            },
+        });
+        if plan.pipelines.len() == 1 && plan.pipelines[0].stages.len() > 1 {
+            let free = simulate_free_communication(plan, profile)?;
+            pipeline_of_dry_run = Some(free.step_ns as f64 / 1e9 / step.median);
+        }
+        let shares = flop_shares(plan);
+        for (rank, placed) in plan.ranks.iter().enumerate() {
+            let together = Figure::of(rounds.iter().map(|r| tokens * shares[rank] / step_s(r)).collect()).ok_or_else(none)?;
+            let alone = Figure::of(rounds.iter().filter_map(|r| r.alone.get(&placed.device).copied()).collect()).ok_or_else(none)?;
+            let quota = Figure::of(rounds.iter().map(|r| share_of_quota(&r.together[at], rank, plan)).collect()).ok_or_else(none)?;
+            rows.push(KindRow {
+                plan: candidate.name.clone(),
+                kind: placed.kind.clone(),
+                tokens_per_second_alone: alone.median,
+                tokens_per_second_together: together.median,
+                of_its_own: together.median / alone.median,
+                cpu_quota: f64::from(placed.grant.cpu_millicores) / 1000.0,
+                cpu_share_of_quota: quota.median,
+            });
+        }
+    }
+    let planner = plans.first().ok_or_else(none)?;
+    let machine = cluster.devices().next().map(|(node, device)| format!("{} ({} cores)", device.identity, node.cores));
+    Ok(TrainingBench {
+        measured_at: crate::date::now(),
+        command: format!("hgct bench training --rounds {} --steps {} --global-batch {}", args.rounds, args.steps, args.global_batch),
+        machine: machine.unwrap_or_default(),
+        efficiency: planner.efficiency.median,
+        efficiency_one_after_another: one_by_one.map(|sum| planner.tokens_per_second.median / sum),
+        prediction_error: plans.iter().map(|row| row.prediction_error).fold(0.0, f64::max),
+        worker_overhead,
+        pipeline_of_dry_run,
+        rounds: rounds.len(),
+        void_rounds,
+        plans,
+        rows,
+    })
+}
+
+/// The share of a step's model flops that each rank computes.
+fn flop_shares(plan: &Plan) -> Vec<f64> {
+    let mut flops = vec![0.0; plan.ranks.len()];
+    for pipeline in &plan.pipelines {
+        for stage in &pipeline.stages {
+            let stage = plan.stage(*stage);
+            flops[stage.rank().index()] += pipeline.num_samples() as f64 * plan.model.train_flops(stage.layers(), plan.seq_len);
+        }
+    }
+    let sum: f64 = flops.iter().sum();
+    flops.into_iter().map(|part| part / sum).collect()
+}
+
+/// Where a step of a plan falls short of the kinds' summed speed, as shares of the step.
+fn losses(plan: &Plan, round: &Round, at: usize, step_s: f64) -> Losses {
+    let tokens = f64::from(plan.global_batch) * f64::from(plan.seq_len);
+    let ideal = tokens / round.alone.values().sum::<f64>();
+    let shares = flop_shares(plan);
+    let own = |rank: usize| tokens * shares[rank] / round.alone.get(&plan.ranks[rank].device).copied().unwrap_or(f64::INFINITY);
+    // The rank that has most to do at its own speed.
+    let busiest = (0..plan.ranks.len()).max_by(|a, b| own(*a).total_cmp(&own(*b))).unwrap_or(0);
+    let steps = &round.together[at];
+    let mean = |of: &dyn Fn(&StepReport) -> u64| steps.iter().map(|step| of(&step[busiest]) as f64 / 1e9).sum::<f64>() / steps.len() as f64;
+    let alone_exchange = round.alone_exchange_ns.get(&plan.ranks[busiest].device).copied().unwrap_or(0.0) / 1e9;
+    let rounding = own(busiest) - ideal;
+    let exchange = mean(&|r| r.exchange_ns) - alone_exchange;
+    let waiting = mean(&|r| r.step_ns.saturating_sub(r.compute_ns + r.exchange_ns));
+    let unexplained = step_s - ideal - rounding - exchange - waiting;
+    Losses {
+        rounding: rounding / step_s,
+        exchange: exchange / step_s,
+        waiting: waiting / step_s,
+        unexplained: unexplained / step_s,
+    }
+}

@@ -1,0 +1,229 @@
+//! The stages of a run, each alone: `hgct check`, `hgct profile`, `hgct plan`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use hgct_core::canonical;
+use hgct_core::check::{CheckReport, Verdict};
+use hgct_core::cluster::ClusterSpec;
+use hgct_core::ids::{DeviceId, Kind, RunId};
+use hgct_core::profile::{DeviceProfile, LinkProfile, Profile};
+use serde::Serialize;
+
+use crate::job::LoadedJob;
+use crate::session::Session;
+use crate::stages::{Choices, Fleet};
+use crate::train::{AgentArgs, DeviceArgs, make_plan, session_options};
+use crate::workspace::Workspace;
+
+/// `hgct check`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  hgct check
+  hgct check local/torch:0 --json
+
+Exit codes: 0 every device passed; 1 a device failed; 2 bad input.")]
+pub(crate) struct CheckArgs {
+    /// Devices to check; none: all
+    #[arg(value_name = "DEVICE")]
+    devices: Vec<DeviceId>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// A cluster document with grants, in place of what is discovered
+    #[arg(long, value_name = "FILE")]
+    cluster: Option<PathBuf>,
+    #[command(flatten)]
+    agents: AgentArgs,
+}
+
+/// Checks devices afresh and prints a table a device.
+pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
+    let choices = Choices { cluster: args.cluster.clone(), devices: args.devices.clone(), force: true, fresh: true };
+    let (reports, missing) = with_session(workspace, "check", &args.agents, |session| {
+        let (mut fleet, _) = Fleet::discover(session, &choices)?;
+        fleet.check(session, workspace, &choices)?;
+        Ok((fleet.checks, fleet.set_aside))
+    })?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        #[derive(Serialize)]
+        struct Row<'a> {
+            device: &'a DeviceId,
+            kind: Option<&'a Kind>,
+            verdict: Verdict,
+            reason: Option<&'a str>,
+            checks: &'a [hgct_core::check::CheckRow],
+        }
+        let found = reports.iter().map(|report| Row {
+            device: &report.device,
+            kind: Some(&report.kind),
+            verdict: report.verdict,
+            reason: None,
+            checks: &report.checks,
+        });
+        let lost = missing.iter().map(|(device, reason)| Row {
+            device,
+            kind: None,
+            verdict: Verdict::Fail,
+            reason: Some(reason),
+            checks: &[],
+        });
+        let rows: Vec<Row<'_>> = found.chain(lost).collect();
+        write!(out, "{}", canonical::encode(&serde_json::json!({ "rows": rows })))?;
+    } else {
+        for report in &reports {
+            writeln!(out, "{report}")?;
+        }
+        for (device, reason) in &missing {
+            writeln!(out, "{device}: {reason}")?;
+        }
+    }
+    let failed = |report: &CheckReport| report.verdict == Verdict::Fail;
+    Ok(u8::from(!missing.is_empty() || reports.iter().any(failed)))
+}
+
+/// What `hgct profile` and `hgct plan` share.
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// The job to measure and plan for
+    job: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write the document to this file too
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
+    #[arg(long, value_name = "FILE", requires = "cluster")]
+    profile: Option<PathBuf>,
+    #[command(flatten)]
+    devices: DeviceArgs,
+    #[command(flatten)]
+    agents: AgentArgs,
+}
+
+/// Measures the devices for a job.
+pub(crate) fn profile(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
+    let loaded = LoadedJob::read(&args.job)?;
+    let (_, profile) = measured(workspace, &loaded, args)?;
+    keep(args.output.as_ref(), &profile)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        #[derive(Serialize)]
+        struct Printed<'a> {
+            measured_at: &'a str,
+            seq_len: u32,
+            isolation: hgct_core::cluster::Isolation,
+            rows: &'a [DeviceProfile],
+            links: &'a [LinkProfile],
+        }
+        let Profile { measured_at, seq_len, isolation, devices: rows, links, .. } = &profile;
+        write!(out, "{}", canonical::encode(&Printed { measured_at, seq_len: *seq_len, isolation: *isolation, rows, links }))?;
+    } else {
+        write!(out, "{}", table(&profile))?;
+    }
+    Ok(0)
+}
+
+/// Plans a job and says why this plan.
+pub(crate) fn plan(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
+    let loaded = LoadedJob::read(&args.job)?;
+    let (cluster, profile) = measured(workspace, &loaded, args)?;
+    let planned = make_plan(&loaded, &cluster, &profile)?;
+    keep(args.output.as_ref(), &planned.plan)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        #[derive(Serialize)]
+        struct Printed<'a> {
+            #[serde(flatten)]
+            explanation: &'a hgct_planner::Explanation,
+            plan: &'a hgct_core::plan::Plan,
+        }
+        write!(out, "{}", canonical::encode(&Printed { explanation: &planned.explanation, plan: &planned.plan }))?;
+    } else {
+        writeln!(out, "{}", planned.explanation)?;
+    }
+    Ok(0)
+}
+
+/// The cluster and its profile: from files, or from the devices.
+fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Result<(ClusterSpec, Profile)> {
+    if let (Some(profile), Some(cluster)) = (&args.profile, &args.devices.cluster) {
+        let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        let cluster = ClusterSpec::from_toml(&cluster.to_string_lossy(), &read(cluster)?)?;
+        return Ok((cluster, canonical::decode(&profile.to_string_lossy(), &read(profile)?)?));
+    }
+    let choices = Choices {
+        cluster: args.devices.cluster.clone(),
+        devices: loaded.job.policy.devices.clone(),
+        force: args.devices.force,
+        fresh: args.devices.fresh,
+    };
+    with_session(workspace, "plan", &args.agents, |session| {
+        let (mut fleet, _) = Fleet::discover(session, &choices)?;
+        fleet.check(session, workspace, &choices)?;
+        let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &choices)?;
+        Ok((fleet.cluster, profile))
+    })
+}
+
+/// A session for one command, whose folder goes with it when all went well.
+fn with_session<T>(
+    workspace: &Workspace,
+    what: &str,
+    agents: &AgentArgs,
+    body: impl FnOnce(&mut Session) -> Result<T>,
+) -> Result<T> {
+    let run = RunId::new(format!("{}-{what}-{}", crate::date::stamp(), std::process::id()))?;
+    let folder = workspace.root().join("sessions").join(run.as_str());
+    let mut session = Session::open(workspace, &session_options(run, folder.clone(), agents))?;
+    let result = body(&mut session);
+    let closed = session.close();
+    let result = result?;
+    closed?;
+    std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    Ok(result)
+}
+
+fn keep<T: Serialize>(output: Option<&PathBuf>, document: &T) -> Result<()> {
+    match output {
+        Some(path) => crate::workspace::write_atomically(path, canonical::encode(document).as_bytes(), 0o644),
+        None => Ok(()),
+    }
+}
+
+/// A profile for people: milliseconds a micro-batch.
+fn table(profile: &Profile) -> String {
+    use std::fmt::Write as _;
+    let mut text = format!("measured {} at sequence length {}, {:?}\n", profile.measured_at, profile.seq_len, profile.isolation);
+    let ms = |ns: u64| ns as f64 / 1e6;
+    for row in &profile.devices {
+        let _ = writeln!(
+            text,
+            "\n{} ({}, {}, {} millicores)\n  {:<10} {:>11} {:>12} {:>12} {:>16}",
+            row.device, row.kind, row.framework, row.grant.cpu_millicores, "layer", "micro-batch", "forward ms", "backward ms", "activations MiB"
+        );
+        for layer in &row.layers {
+            let _ = writeln!(
+                text,
+                "  {:<10} {:>11} {:>12.2} {:>12.2} {:>16.1}",
+                format!("{:?}", layer.layer).to_lowercase(),
+                layer.micro_batch,
+                ms(layer.forward.median_ns),
+                ms(layer.backward.median_ns),
+                layer.activation_bytes as f64 / f64::from(1 << 20)
+            );
+        }
+    }
+    for link in &profile.links {
+        let _ = writeln!(
+            text,
+            "{} → {}: {}, {:.0} µs, {:.2} GB/s",
+            link.from, link.to, link.transport, link.latency_ns as f64 / 1e3, link.bytes_per_s as f64 / 1e9
+        );
+    }
+    text
+}

@@ -1,0 +1,496 @@
+//! `hgct train`: discover → check → profile → plan → train → report, or what of it is not kept.
+
+pub(crate) mod checkpoints;
+mod observer;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::Args;
+use hgct_checkpoint::{Checkpoint, Checkpoints};
+use hgct_control::coordinator::{Command, LoadSpec, Outcome, Update};
+use hgct_control::message::{FromWorker, ToWorker, WorkerOptions};
+use hgct_core::canonical;
+use hgct_core::cluster::ClusterSpec;
+use hgct_core::ids::{DeviceId, RunId};
+use hgct_core::plan::Plan;
+use hgct_core::slice::{Role, Slice};
+use hgct_core::timeline::Timeline;
+use hgct_planner::{Budget, Explanation, PlanInput, Planned};
+
+use self::checkpoints::{Head, Piece, Writer};
+use self::observer::Observer;
+use crate::coordinator::Ended;
+use crate::job::{LoadedJob, PreparedData};
+use crate::session::{self, Session};
+use crate::stages::{Choices, Fleet};
+use crate::workspace::{Workspace, write_atomically};
+
+/// How agents are found.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AgentArgs {
+    /// Wait for this many agents of other hosts
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) agents: usize,
+    /// Do not start an agent on this host
+    #[arg(long)]
+    pub(crate) no_local_agent: bool,
+    /// Where agents join; other hosts need an address that they can reach
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
+    /// The run's token, a file of mode 0600; made in the run's folder where none is given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Seconds to wait for agents
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub(crate) gather: u64,
+}
+
+/// Which devices take part.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DeviceArgs {
+    /// A cluster document with grants, in place of what is discovered
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cluster: Option<PathBuf>,
+    /// Use devices that fail the check
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Check and measure again what was kept
+    #[arg(long)]
+    pub(crate) fresh: bool,
+}
+
+/// `hgct train`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  hgct train examples/quickstart/job.toml
+  hgct train job.toml --data my-texts/
+  hgct train job.toml --resume latest
+  hgct train job.toml --agents 1 --listen 10.0.0.1:7000 --token-file token
+
+Exit codes: 0 trained, or stopped with a checkpoint; 1 the run failed; 2 bad input; 130 stopped at once.")]
+pub(crate) struct TrainArgs {
+    /// The job
+    job: PathBuf,
+    /// Text in place of the job's own: a file, folder or pattern; may be repeated
+    #[arg(long, value_name = "PATH")]
+    data: Vec<String>,
+    /// Train this plan in place of planning
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// Continue a run from its newest checkpoint: its id, or `latest`
+    #[arg(long, value_name = "RUN")]
+    resume: Option<String>,
+    /// Stop before this step, with a checkpoint
+    #[arg(long, value_name = "STEP")]
+    until: Option<u64>,
+    /// Seconds that a worker may take before its first action
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    warming: u64,
+    /// Id of the run, which is the name of its folder
+    #[arg(long, value_name = "ID")]
+    run: Option<RunId>,
+    #[command(flatten)]
+    devices: DeviceArgs,
+    #[command(flatten)]
+    agents: AgentArgs,
+    /// Exchange over TCP even inside of a host
+    #[arg(long)]
+    no_shared_memory: bool,
+    /// Every message between workers arrives this much later (for tests of overlap)
+    #[arg(long, value_name = "MS", default_value_t = 0, hide = true)]
+    wire_delay_ms: u64,
+}
+
+/// Deadline of a wait inside of a step where the plan predicts none.
+const STEP_DEADLINE: Duration = Duration::from_secs(120);
+/// Deadline of loading and connecting.
+const LOAD_DEADLINE: Duration = Duration::from_secs(120);
+
+pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
+    let begun = Instant::now();
+    let loaded = LoadedJob::read(&args.job)?.with_data(&args.data)?;
+    let resumed = args.resume.as_deref().map(|name| Resume::find(workspace, name, &loaded)).transpose()?;
+    let run = match (&resumed, &args.run) {
+        (Some(resume), _) => resume.run.clone(),
+        (None, Some(run)) => run.clone(),
+        (None, None) => RunId::new(format!("{}-{}", crate::date::stamp(), file_name(&loaded.job.name)))?,
+    };
+    let folder = workspace.run(&run);
+    if resumed.is_none() && folder.join("plan.json").exists() {
+        bail!(BadRun { run, reason: "exists already: give another id, or continue it with --resume".into() });
+    }
+    // The text is tokenized while devices are discovered and checked.
+    let data = {
+        let (loaded, workspace) = (loaded.clone(), workspace.clone());
+        std::thread::spawn(move || loaded.prepare_data(&workspace))
+    };
+    let mut config = session_options(run, folder.clone(), &args.agents);
+    config.warming = Duration::from_secs(args.warming);
+    let mut session = Session::open(workspace, &config)?;
+    let mut driver = Driver { workspace, args, loaded, resumed, folder, begun, observer: None };
+    let result = driver.drive(&mut session, data);
+    let outcome = session.close();
+    driver.conclude(result, outcome)
+}
+
+/// Options of a session from the command line.
+pub(crate) fn session_options(run: RunId, folder: PathBuf, agents: &AgentArgs) -> session::Options {
+    session::Options {
+        run,
+        folder,
+        remote_agents: agents.agents,
+        local_agent: !agents.no_local_agent,
+        listen: agents.listen,
+        token_file: agents.token_file.clone(),
+        gather: Duration::from_secs(agents.gather),
+        warming: Duration::from_secs(120),
+    }
+}
+
+struct Driver<'a> {
+    workspace: &'a Workspace,
+    args: &'a TrainArgs,
+    loaded: LoadedJob,
+    resumed: Option<Resume>,
+    folder: PathBuf,
+    begun: Instant,
+    observer: Option<Observer>,
+}
+
+type DataThread = std::thread::JoinHandle<Result<PreparedData>>;
+
+impl Driver<'_> {
+    fn drive(&mut self, session: &mut Session, data: DataThread) -> Result<()> {
+        let choices = Choices {
+            cluster: self.args.devices.cluster.clone(),
+            devices: self.loaded.job.policy.devices.clone(),
+            force: self.args.devices.force,
+            fresh: self.args.devices.fresh,
+        };
+        let (mut fleet, _) = Fleet::discover(session, &choices)?;
+        fleet.check(session, self.workspace, &choices)?;
+        let chosen = self.plan(session, &mut fleet, &choices)?;
+        let plan = Arc::new(chosen.plan.clone());
+        let data = data.join().map_err(|_| anyhow!("the thread that prepares data panicked"))??;
+        let meta = &data.prepared.meta;
+        session.offer(&[
+            (meta.train.sha256.clone(), data.prepared.train_path()),
+            (meta.held_out.sha256.clone(), data.prepared.held_out_path()),
+        ])?;
+        let devices = used_devices(&fleet, &plan)?;
+        let idle: Vec<DeviceId> =
+            fleet.started.iter().filter(|id| !devices.iter().any(|device| device.id == **id)).cloned().collect();
+        session.stop_workers(&idle)?;
+        fleet.started.retain(|id| !idle.contains(id));
+        fleet.start(session, &devices)?;
+        used_devices(&fleet, &plan)?;
+        fleet.hold(session)?;
+        let mut observer = Observer::open(&self.folder, &self.loaded, &fleet, &chosen, &data, self.resumed.as_ref().map(Resume::step))?;
+        let result = self.train(session, &plan, chosen.timeline.as_ref(), &data, &mut observer);
+        observer.memory(session);
+        self.observer = Some(observer);
+        result
+    }
+
+    /// The plan that was given, or the planner's choice under the profile.
+    fn plan(&mut self, session: &mut Session, fleet: &mut Fleet, choices: &Choices) -> Result<Chosen> {
+        let chosen = match &self.args.plan {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let plan = Plan::from_json(&path.to_string_lossy(), &text)?;
+                given_plan(plan, path, &self.loaded)?
+            }
+            None => {
+                let profile = fleet.profile(session, self.workspace, &self.loaded.job, &self.loaded.model, choices)?;
+                let Planned { plan, explanation, timeline } = make_plan(&self.loaded, &fleet.cluster, &profile)?;
+                write_document(&self.folder.join("profile.json"), &profile)?;
+                eprintln!("{explanation}");
+                Chosen { plan, explanation: Some(explanation), timeline: Some(timeline) }
+            }
+        };
+        // Written before the first step and never touched again.
+        write_document(&self.folder.join("plan.json"), &chosen.plan)?;
+        if let Some(timeline) = &chosen.timeline {
+            write_document(&self.folder.join("predicted_timeline.json"), timeline)?;
+        }
+        if let Some(explanation) = &chosen.explanation {
+            write_document(&self.folder.join("explanation.json"), explanation)?;
+        }
+        write_atomically(&self.folder.join("cluster.toml"), fleet.cluster.to_toml().as_bytes(), 0o644)?;
+        Ok(chosen)
+    }
+
+    fn train(
+        &self,
+        session: &mut Session,
+        plan: &Arc<Plan>,
+        timeline: Option<&Timeline>,
+        data: &PreparedData,
+        observer: &mut Observer,
+    ) -> Result<()> {
+        let recipe = self.loaded.job.recipe.clone();
+        let meta = &data.prepared.meta;
+        let end_step = self.args.until.unwrap_or(recipe.steps).min(recipe.steps);
+        let step_deadline = plan.prediction.as_ref().map_or(STEP_DEADLINE, |p| STEP_DEADLINE.max(10 * Duration::from_nanos(p.step_ns)));
+        session.shell.command(Command::Load(Box::new(LoadSpec {
+            plan: (**plan).clone(),
+            timeline: timeline.cloned(),
+            recipe: recipe.clone(),
+            train_tokens: meta.train.sha256.clone(),
+            held_out_tokens: (meta.held_out_tokens > u64::from(plan.seq_len)).then(|| meta.held_out.sha256.clone()),
+            options: WorkerOptions {
+                shared_memory: !self.args.no_shared_memory,
+                wire_delay_ns: self.args.wire_delay_ms * 1_000_000,
+                step_deadline_ns: step_deadline.as_nanos() as u64,
+                timeline_every: TIMELINE_EVERY,
+                final_checkpoint: true,
+            },
+            deadline_ns: LOAD_DEADLINE.as_nanos() as u64,
+        })))?;
+        let generation = session.wait_for("loaded stages", LOAD_DEADLINE * 2, |update| match update {
+            Update::Loaded { generation } => Some(generation),
+            _ => None,
+        })?;
+        let (step, num_updates) = match &self.resumed {
+            None => (0, 0),
+            Some(resume) => {
+                resume.send(session, plan)?;
+                (resume.step(), resume.checkpoint.manifest().num_updates)
+            }
+        };
+        let writer = Writer::start(
+            &self.folder.join("checkpoints"),
+            Head {
+                run: session.run.clone(),
+                generation,
+                plan: Arc::clone(plan),
+                tokenizer: Some(meta.tokenizer.sha256.clone()),
+                keep: recipe.keep_checkpoints,
+            },
+        )?;
+        session.shell.command(Command::Start { step, num_updates, end_step, deadline_ns: LOAD_DEADLINE.as_nanos() as u64 })?;
+        let trained = self.follow(session, &writer, observer);
+        // What was handed over is written out even when the run fails: it may complete a checkpoint.
+        let last = writer.finish();
+        for done in last.as_deref().unwrap_or_default() {
+            observer.checkpoint(done)?;
+        }
+        trained?;
+        last?;
+        self.generate(session, plan, data, observer)
+    }
+
+    /// Hears the run until its last step.
+    fn follow(&self, session: &mut Session, writer: &Writer, observer: &mut Observer) -> Result<()> {
+        loop {
+            let update = session.shell.poll(Duration::from_millis(500))?;
+            for done in writer.committed()? {
+                observer.checkpoint(&done)?;
+            }
+            let Some(update) = update else {
+                observer.tick();
+                continue;
+            };
+            session.note(&update);
+            match update {
+                Update::StepCommitted { step, reports } => observer.step(step, &reports)?,
+                Update::StepSkipped { step, in_a_row } => observer.skipped(step, in_a_row)?,
+                Update::Evaluated { step, loss_sum, num_tokens } => observer.evaluated(step, loss_sum, num_tokens)?,
+                Update::Spans { rank, step, clock, actions, transfers } => observer.spans(rank, step, clock, actions, transfers),
+                Update::ShardChunk { rank, step, num_updates, offset, entries, bytes } => {
+                    writer.piece(Piece { rank, step, num_updates, offset, entries, bytes })?;
+                }
+                Update::Stopping => observer.event("stopping after this step")?,
+                Update::Finished { step, stopped } => return observer.finished(step, stopped),
+                _ => {}
+            }
+        }
+    }
+
+    /// A few lines that the model writes.
+    fn generate(&self, session: &mut Session, plan: &Plan, data: &PreparedData, observer: &mut Observer) -> Result<()> {
+        let Some(prompts) = observer.prompts(plan, data)? else { return Ok(()) };
+        let length = prompts.first().map_or(0, Vec::len) as u32;
+        let num_tokens = (plan.seq_len.saturating_sub(length)).min(48);
+        let pipeline = &plan.pipelines[0];
+        let devices: Vec<DeviceId> =
+            pipeline.stages.iter().map(|stage| plan.ranks[plan.stage(*stage).rank().index()].device.clone()).collect();
+        let head = devices.last().cloned();
+        let requests = devices
+            .into_iter()
+            .map(|device| (device, ToWorker::Generate { prompts: prompts.clone(), num_tokens, seed: 1, temperature: 0.8 }))
+            .collect();
+        session.shell.command(Command::Ask { requests, deadline_ns: 60_000_000_000 })?;
+        let mut written = Vec::new();
+        session.wait_for("the model's lines", Duration::from_secs(65), |update| match update {
+            Update::Answer { worker, answer: FromWorker::Generated { sequences } } => {
+                if Some(&worker) == head.as_ref() {
+                    written = sequences;
+                }
+                None
+            }
+            Update::Answered { .. } => Some(()),
+            _ => None,
+        })?;
+        observer.generated(&written, data)
+    }
+
+    /// Writes the report and says how it ended.
+    fn conclude(mut self, result: Result<()>, outcome: Result<Outcome>) -> Result<u8> {
+        let ended = match result {
+            Ok(()) => Ok(()),
+            Err(error) => match error.downcast::<Ended>() {
+                Ok(ended) => Err(Some(ended.0)),
+                Err(error) => {
+                    if let Some(observer) = &mut self.observer {
+                        observer.event(&format!("{error:#}"))?;
+                        observer.close(&self.folder, self.begun.elapsed())?;
+                    }
+                    return Err(error);
+                }
+            },
+        };
+        if let Some(observer) = &mut self.observer {
+            if let Err(Some(outcome)) = &ended {
+                observer.event(&outcome.to_string())?;
+            }
+            observer.close(&self.folder, self.begun.elapsed())?;
+        }
+        match ended {
+            Ok(()) => {
+                outcome?;
+                Ok(0)
+            }
+            Err(Some(Outcome::Completed | Outcome::Stopped { .. })) => Ok(0),
+            Err(Some(Outcome::Aborted { reason })) => {
+                eprintln!("hgct: stopped at once: {reason}");
+                Ok(130)
+            }
+            Err(Some(failed)) => {
+                eprintln!("hgct: the run failed: {failed}");
+                eprintln!("hgct: continue it with: hgct train {} --resume {}", self.args.job.display(), file_of(&self.folder));
+                Ok(1)
+            }
+            Err(None) => Ok(1),
+        }
+    }
+}
+
+/// The plan of a run; with its reasons where the planner made it.
+pub(crate) struct Chosen {
+    pub(crate) plan: Plan,
+    pub(crate) explanation: Option<Explanation>,
+    pub(crate) timeline: Option<Timeline>,
+}
+
+/// Every so many steps workers send what they did.
+const TIMELINE_EVERY: u64 = 4;
+
+/// Plans a job on a fleet.
+pub(crate) fn make_plan(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &hgct_core::profile::Profile) -> Result<Planned> {
+    let input = PlanInput { job: &loaded.job, model: &loaded.model, cluster, profile };
+    Ok(hgct_planner::plan(&input, &Budget::default())?)
+}
+
+/// A plan that a person gave, if it fits the job.
+fn given_plan(plan: Plan, path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
+    let fail = |what: &str| Err(anyhow!(hgct_core::Error::Value {
+        file: path.to_string_lossy().into_owned(),
+        key: what.into(),
+        found: "another one".into(),
+        allowed: format!("that of {}", loaded.path.display()),
+    }));
+    if plan.model != loaded.model {
+        return fail("model");
+    }
+    if plan.seq_len != loaded.job.recipe.seq_len || plan.global_batch != loaded.job.recipe.global_batch {
+        return fail("seq_len and global_batch");
+    }
+    Ok(Chosen { plan, explanation: None, timeline: None })
+}
+
+/// The devices of a plan; an error for one that is gone.
+fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<hgct_core::cluster::DeviceSpec>> {
+    let find = |id: &DeviceId| match fleet.cluster.device(id) {
+        Some((_, device)) => Ok(device.clone()),
+        None => {
+            let reason = fleet.set_aside.iter().find(|(known, _)| known == id).map(|(_, reason)| reason.as_str());
+            bail!("the plan needs {id}, which is not there: {}", reason.unwrap_or("no agent has it"))
+        }
+    };
+    plan.ranks.iter().map(|rank| find(&rank.device)).collect()
+}
+
+/// A run to continue.
+struct Resume {
+    run: RunId,
+    checkpoint: Checkpoint,
+}
+
+/// A run that cannot be used as asked.
+#[derive(Debug, thiserror::Error)]
+#[error("run {run} {reason}")]
+pub(crate) struct BadRun {
+    run: RunId,
+    reason: String,
+}
+
+impl Resume {
+    /// The newest checkpoint of a run that verifies; says which newer ones do not.
+    fn find(workspace: &Workspace, name: &str, loaded: &LoadedJob) -> Result<Self> {
+        let folder = workspace.find_run(name)?;
+        let run = RunId::new(file_of(&folder))?;
+        let newest = Checkpoints::open(folder.join("checkpoints")).newest_verified()?;
+        for bad in &newest.bad {
+            eprintln!("hgct: the checkpoint of step {} is passed over: {}: {}", bad.step, bad.path.display(), bad.reason);
+        }
+        let Some(checkpoint) = newest.checkpoint else {
+            bail!(BadRun { run, reason: "has no checkpoint that verifies".into() });
+        };
+        if checkpoint.manifest().model != loaded.model {
+            bail!(BadRun { run, reason: format!("trained another model than that of {}", loaded.path.display()) });
+        }
+        if checkpoint.manifest().job != loaded.job.hash() {
+            eprintln!("hgct: {} has changed since the checkpoint was written", loaded.path.display());
+        }
+        eprintln!("resuming {run} after step {}", checkpoint.manifest().step);
+        Ok(Self { run, checkpoint })
+    }
+
+    fn step(&self) -> u64 {
+        self.checkpoint.manifest().step
+    }
+
+    /// Sends every owner its state, whoever had it before.
+    fn send(&self, session: &mut Session, plan: &Plan) -> Result<()> {
+        for group in &plan.owners {
+            let wanted: Vec<(Slice, Role)> = group
+                .slices
+                .iter()
+                .flat_map(|slice| [Role::Parameter, Role::M, Role::V].map(|role| (slice.clone(), role)))
+                .collect();
+            for piece in self.checkpoint.read_slices(&wanted)? {
+                let piece = piece?;
+                session.shell.command(Command::State { rank: group.owner, slice: piece.slice, role: piece.role, bytes: piece.bytes })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_document<T: serde::Serialize>(path: &Path, document: &T) -> Result<()> {
+    write_atomically(path, canonical::encode(document).as_bytes(), 0o644)
+}
+
+fn file_of(folder: &Path) -> String {
+    folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A job's name as part of a folder's name.
+fn file_name(name: &str) -> String {
+    name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect()
+}
