@@ -3,7 +3,8 @@
 //!
 //! Prints for each transport and message size the payload rate in one direction and the CPU seconds of
 //! both processes per GB, and the latency. Pin it with `taskset` to see what workers see that share a
-//! core. `link_bench GIB RING_KIB` moves that much per row through rings of that size.
+//! core. Rates mean little on a busy host, CPU seconds a little more: compare settings in turns, several
+//! times. `link_bench GIB RING_KIB` moves that much per row through rings of that size.
 
 use std::env;
 use std::error::Error;
@@ -30,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return receive(shared == "true", address.parse()?, total.parse()?, ring.parse()?);
     }
     let gib: f64 = arguments.first().map_or(Ok(1.0), |text| text.parse())?;
-    let ring_kib: usize = arguments.get(1).map_or(Ok(4096), |text| text.parse())?;
+    let ring_kib: usize = arguments.get(1).map_or(Ok(2048), |text| text.parse())?;
     println!("{:<14} {:>10} {:>10} {:>10} {:>12}", "transport", "bytes", "MB/s", "CPU s/GB", "messages/s");
     for shared in [false, true] {
         send(shared, (gib * (1u64 << 30) as f64) as usize, ring_kib << 10)?;

@@ -80,8 +80,9 @@ impl Default for Tuning {
             queue_bytes: 256 << 20,
             unread_bytes: 256 << 20,
             pool_bytes: 32 << 20,
-            // Rings of 4 MiB are a few per cent faster, and a worker's memory is counted.
-            ring_bytes: 1 << 20,
+            // A worker's memory is counted: two rings a peer. Smaller ones cost more CPU time a byte,
+            // larger ones did not measurably save any (`link_bench`, two busy cores).
+            ring_bytes: 2 << 20,
             socket_buffer_bytes: None,
         }
     }
