@@ -396,11 +396,12 @@ def write_table(root: Path, environments: list[Environment]) -> None:
 
 def print_downloads(root: Path, environments: list[Environment]) -> None:
     parts = [e.download for e in environments if e.download]
-    seconds, size = 0.0, sum(part[2] for part in parts)
-    if parts:
-        seconds = max(part[1] for part in parts) - min(part[0] for part in parts)
-        beyond = max(0.0, seconds - FREE_DOWNLOAD_SECONDS)
-        print(f"downloads:  {gigabytes(size)} in {seconds:.0f} s ({beyond:.0f} s above {FREE_DOWNLOAD_SECONDS} s)")
+    if not parts:
+        return
+    size = sum(part[2] for part in parts)
+    seconds = max(part[1] for part in parts) - min(part[0] for part in parts)
+    beyond = max(0.0, seconds - FREE_DOWNLOAD_SECONDS)
+    print(f"downloads:  {gigabytes(size)} in {seconds:.0f} s ({beyond:.0f} s above {FREE_DOWNLOAD_SECONDS} s)")
     record = {"download_seconds": round(seconds, 1), "download_bytes": size}
     replace(root / ".hgct" / "install.json", json.dumps(record) + "\n")
 

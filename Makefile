@@ -1,0 +1,30 @@
+# Every command sets up what it needs first; nothing has to be exported or edited.
+PYTHON ?= python3
+
+.PHONY: help quickstart test soak bench set-up clean-hgct
+
+help:
+	@echo "make quickstart [DATA=PATH]   set up what is missing, then train one model on every kind of device here"
+	@echo "make test                     build and run all tests"
+	@echo "make soak                     the long randomised tests (kills at random moments, 500 times)"
+	@echo "make bench                    measure the efficiency of training (root needed)"
+	@echo "make set-up                   environments, the command and the wheel, nothing more"
+	@echo "make clean-hgct               remove .hgct: environments, caches and ALL runs with their checkpoints"
+
+quickstart:
+	@$(PYTHON) scripts/set_up.py train examples/quickstart/job.toml $(if $(DATA),--data '$(DATA)')
+
+test:
+	@$(PYTHON) scripts/test.py
+
+soak: set-up
+	cargo test --locked --workspace -- --ignored soak
+
+bench:
+	@$(PYTHON) scripts/set_up.py bench training
+
+set-up:
+	@$(PYTHON) scripts/set_up.py
+
+clean-hgct:
+	rm -rf .hgct

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Sets up what is missing, then runs all tests, Rust's and Python's.
+
+    python3 scripts/test.py [ARGUMENTS OF cargo test]      # or: make test
+
+A test that cannot run here prints `SKIPPED` with the reason; these lines come again at the end.
+With HGCT_FORBID_SKIP=1 a skip is a failure. Exit code: 0 when all passed, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import set_up
+
+PYTHON_TESTS = set_up.ROOT / "python" / "tests"
+
+
+def main() -> int:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    try:
+        set_up.set_up()
+        export = export_environment()
+        steps = {
+            "set-up": [sys.executable, PYTHON_TESTS / "test_environments.py"],
+            "engines": [sys.executable, PYTHON_TESTS / "test_engines.py"],
+            "export": [export or sys.executable, PYTHON_TESTS / "test_export.py", "-v"],
+            # Last, so that the lines of its runner stand at the end.
+            "Rust": ["cargo", "test", "--locked", "--workspace", "--no-fail-fast", *sys.argv[1:]],
+        }
+        return test(steps)
+    except set_up.Failure as failure:
+        set_up.say("tests", f"cannot go on: {failure}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def export_environment():
+    """An interpreter that has transformers beside torch's environment; none where torch is not."""
+    torch = set_up.STATE / "env" / "torch"
+    if not (torch / "hgct-stamp.json").exists():
+        return None
+    return set_up.venv("export", "export", 20, beside=torch)
+
+
+def test(steps: dict[str, list]) -> int:
+    """Runs the steps one after another and sums up."""
+    skipped, results = [], []
+    for name, call in steps.items():
+        begin = time.monotonic()
+        print(f"\n== {name}: {' '.join(map(str, call))}", flush=True)
+        code = stream(call, skipped)
+        results.append((name, code, time.monotonic() - begin))
+    print()
+    for line in skipped:
+        print(line)
+    for name, code, seconds in results:
+        print(f"{name:<10} {'passed' if code == 0 else f'FAILED (exit code {code})'} in {seconds:.0f} s")
+    forbidden = bool(skipped) and os.environ.get("HGCT_FORBID_SKIP") == "1"
+    if forbidden:
+        print(f"{len(skipped)} skips, and HGCT_FORBID_SKIP=1 forbids them")
+    return 1 if forbidden or any(code for _, code, _ in results) else 0
+
+
+def stream(call: list, skipped: list[str]) -> int:
+    """Passes a command's lines on and collects what it skipped."""
+    process = subprocess.Popen(
+        list(map(str, call)), cwd=set_up.ROOT, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    with process.stdout as lines:
+        for line in lines:
+            print(line, end="", flush=True)
+            # Ours begin with the word; unittest's end with it and a reason.
+            if line.startswith("SKIPPED") or "... skipped '" in line:
+                skipped.append(line.strip() if line.startswith("SKIPPED") else f"SKIPPED {line.strip()}")
+    return process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
