@@ -18,6 +18,9 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 /// What a lease is in Python: name, dtype, shape, address, bytes, owner.
 type PyLease<'py> = (String, String, Vec<u64>, usize, usize, Bound<'py, PyAny>);
 
+/// The same on its way into Python, where the owner stays behind.
+type LentLease<'py> = (String, &'static str, Bound<'py, PyTuple>, usize, usize, Py<PyAny>);
+
 /// An object that follows `python/hgct/engines/base.py`.
 pub(crate) struct PyEngine {
     object: Py<PyAny>,
@@ -225,10 +228,7 @@ fn describe(engine: &Bound<'_, PyAny>) -> PyResult<EngineDescription> {
 }
 
 /// A lease for the length of a call: its owner stays in Rust.
-fn lend<'py>(
-    py: Python<'py>,
-    lease: &Lease,
-) -> PyResult<(String, &'static str, Bound<'py, PyTuple>, usize, usize, Py<PyAny>)> {
+fn lend<'py>(py: Python<'py>, lease: &Lease) -> PyResult<LentLease<'py>> {
     let (address, bytes) = lease.raw();
     Ok((
         lease.name.clone(),

@@ -12,8 +12,9 @@ use crate::engine::PyEngine;
 ///
 /// Takes the standard streams away first, and ends the process when the agent's pipe closes.
 #[pyfunction]
-fn run(py: Python<'_>, make_engine: Py<PyAny>) -> PyResult<i32> {
-    py.detach(|| {
+fn run(py: Python<'_>, make_engine: Bound<'_, PyAny>) -> PyResult<i32> {
+    let make_engine = make_engine.unbind();
+    py.detach(move || {
         hgct_worker::runtime::run(|place| {
             let engine = PyEngine::open(&make_engine, place)?;
             Ok(Box::new(engine) as Box<dyn hgct_worker::engine::Engine>)

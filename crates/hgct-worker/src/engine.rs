@@ -217,7 +217,7 @@ impl Lease {
     /// The values, if they are f32 and aligned.
     pub fn as_f32(&self) -> Result<&[f32]> {
         if self.dtype != DType::F32
-            || !self.address.cast::<f32>().is_aligned()
+            || !self.address.addr().is_multiple_of(align_of::<f32>())
             || !self.size_bytes.is_multiple_of(4)
         {
             return Err(crate::Error::Lease {
@@ -226,9 +226,11 @@ impl Lease {
                 expected: DType::F32,
             });
         }
+        #[allow(clippy::cast_ptr_alignment, reason = "checked above")]
+        let address = self.address.cast::<f32>();
         // SAFETY: the bytes are valid (see `bytes`), aligned and whole elements (just checked);
         // every bit pattern is an f32.
-        Ok(unsafe { std::slice::from_raw_parts(self.address.cast(), self.size_bytes / 4) })
+        Ok(unsafe { std::slice::from_raw_parts(address, self.size_bytes / 4) })
     }
 
     /// Address and length, for a foreign interface.

@@ -102,7 +102,7 @@ fn train(plan: &Plan, tokens: &Path, start: u64, end: u64, state: &State) -> (Ve
             progress: Arc::new(Progress::default()),
         };
         let engine = Box::new(ReferenceEngine::new());
-        let mut trainer = Trainer::load(engine, options).map_err(|(error, _)| error).unwrap();
+        let mut trainer = Trainer::load(engine, options).unwrap();
         if group.len() > 1 {
             let options = ConnectOptions {
                 group: group.clone(),

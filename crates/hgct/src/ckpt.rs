@@ -22,7 +22,9 @@ pub(crate) struct CkptArgs {
 #[derive(Debug, Subcommand)]
 enum CkptCommand {
     /// Verify a checkpoint and show what is in it
-    #[command(after_help = "Examples:\n  hgct ckpt inspect latest\n  hgct ckpt inspect .hgct/runs/ID/checkpoints/step-00000060 --json")]
+    #[command(
+        after_help = "Examples:\n  hgct ckpt inspect latest\n  hgct ckpt inspect .hgct/runs/ID/checkpoints/step-00000060 --json"
+    )]
     Inspect {
         /// A run's id, `latest`, or the path of a run, of its checkpoints or of one of them
         checkpoint: String,
@@ -85,7 +87,13 @@ pub(crate) fn run(workspace: &Workspace, args: &CkptArgs) -> Result<u8> {
             if *json {
                 write!(out, "{}", canonical::encode(&exported))?;
             } else {
-                writeln!(out, "{}: {} ({} bytes of tensors)", exported.path, exported.files.join(", "), exported.size_bytes)?;
+                writeln!(
+                    out,
+                    "{}: {} ({} bytes of tensors)",
+                    exported.path,
+                    exported.files.join(", "),
+                    exported.size_bytes
+                )?;
             }
         }
     }
@@ -107,7 +115,12 @@ fn find(workspace: &Workspace, name: &str) -> Result<Checkpoint> {
     }
     let newest = checkpoints.newest_verified()?;
     for bad in &newest.bad {
-        eprintln!("hgct: the checkpoint of step {} is passed over: {}: {}", bad.step, bad.path.display(), bad.reason);
+        eprintln!(
+            "hgct: the checkpoint of step {} is passed over: {}: {}",
+            bad.step,
+            bad.path.display(),
+            bad.reason
+        );
     }
     match newest.checkpoint {
         Some(checkpoint) => Ok(checkpoint),
@@ -125,6 +138,9 @@ fn kept_tokenizer(workspace: &Workspace, checkpoint: &Checkpoint) -> Result<Opti
             return Ok(Some(path));
         }
     }
-    eprintln!("hgct: the tokenizer {} is not in the cache: export without it, or name it with --tokenizer", wanted.short());
+    eprintln!(
+        "hgct: the tokenizer {} is not in the cache: export without it, or name it with --tokenizer",
+        wanted.short()
+    );
     Ok(None)
 }

@@ -41,7 +41,8 @@ pub(crate) struct CheckArgs {
 
 /// Checks devices afresh and prints a table a device.
 pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
-    let choices = Choices { cluster: args.cluster.clone(), devices: args.devices.clone(), force: true, fresh: true };
+    let choices =
+        Choices { cluster: args.cluster.clone(), devices: args.devices.clone(), force: true, fresh: true };
     let (reports, missing) = with_session(workspace, "check", &args.agents, |session| {
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
         fleet.check(session, workspace, &choices)?;
@@ -121,7 +122,17 @@ pub(crate) fn profile(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
             links: &'a [LinkProfile],
         }
         let Profile { measured_at, seq_len, isolation, devices: rows, links, .. } = &profile;
-        write!(out, "{}", canonical::encode(&Printed { measured_at, seq_len: *seq_len, isolation: *isolation, rows, links }))?;
+        write!(
+            out,
+            "{}",
+            canonical::encode(&Printed {
+                measured_at,
+                seq_len: *seq_len,
+                isolation: *isolation,
+                rows,
+                links
+            })
+        )?;
     } else {
         write!(out, "{}", table(&profile))?;
     }
@@ -142,7 +153,11 @@ pub(crate) fn plan(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
             explanation: &'a hgct_planner::Explanation,
             plan: &'a hgct_core::plan::Plan,
         }
-        write!(out, "{}", canonical::encode(&Printed { explanation: &planned.explanation, plan: &planned.plan }))?;
+        write!(
+            out,
+            "{}",
+            canonical::encode(&Printed { explanation: &planned.explanation, plan: &planned.plan })
+        )?;
     } else {
         writeln!(out, "{}", planned.explanation)?;
     }
@@ -152,7 +167,9 @@ pub(crate) fn plan(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
 /// The cluster and its profile: from files, or from the devices.
 fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Result<(ClusterSpec, Profile)> {
     if let (Some(profile), Some(cluster)) = (&args.profile, &args.devices.cluster) {
-        let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        let read = |path: &PathBuf| {
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+        };
         let cluster = ClusterSpec::from_toml(&cluster.to_string_lossy(), &read(cluster)?)?;
         return Ok((cluster, canonical::decode(&profile.to_string_lossy(), &read(profile)?)?));
     }
@@ -198,13 +215,24 @@ fn keep<T: Serialize>(output: Option<&PathBuf>, document: &T) -> Result<()> {
 /// A profile for people: milliseconds a micro-batch.
 fn table(profile: &Profile) -> String {
     use std::fmt::Write as _;
-    let mut text = format!("measured {} at sequence length {}, {:?}\n", profile.measured_at, profile.seq_len, profile.isolation);
+    let mut text = format!(
+        "measured {} at sequence length {}, {:?}\n",
+        profile.measured_at, profile.seq_len, profile.isolation
+    );
     let ms = |ns: u64| ns as f64 / 1e6;
     for row in &profile.devices {
         let _ = writeln!(
             text,
             "\n{} ({}, {}, {} millicores)\n  {:<10} {:>11} {:>12} {:>12} {:>16}",
-            row.device, row.kind, row.framework, row.grant.cpu_millicores, "layer", "micro-batch", "forward ms", "backward ms", "activations MiB"
+            row.device,
+            row.kind,
+            row.framework,
+            row.grant.cpu_millicores,
+            "layer",
+            "micro-batch",
+            "forward ms",
+            "backward ms",
+            "activations MiB"
         );
         for layer in &row.layers {
             let _ = writeln!(
@@ -222,7 +250,11 @@ fn table(profile: &Profile) -> String {
         let _ = writeln!(
             text,
             "{} → {}: {}, {:.0} µs, {:.2} GB/s",
-            link.from, link.to, link.transport, link.latency_ns as f64 / 1e3, link.bytes_per_s as f64 / 1e9
+            link.from,
+            link.to,
+            link.transport,
+            link.latency_ns as f64 / 1e3,
+            link.bytes_per_s as f64 / 1e9
         );
     }
     text

@@ -90,15 +90,17 @@ pub(crate) fn frame(progress: &Progress, style: Style) -> Vec<String> {
     let left = progress.seconds_left().map_or_else(String::new, |left| format!(" {} left", duration(left)));
     let count = format!(" {:>3.0} %{left}", (100.0 * share).floor());
     let room = width.saturating_sub(columns(&head) + columns(&count) + 2);
-    let mut lines = vec![Line::default().plain(&head).plain("  ").bar(share, room.min(40), 32, style).plain(&count)];
+    let mut lines =
+        vec![Line::default().plain(&head).plain("  ").bar(share, room.min(40), 32, style).plain(&count)];
     lines.push(Line::default().plain(&numbers(progress)));
     let label = progress.devices.iter().map(|(name, _)| columns(name)).max().unwrap_or(0).min(width / 2);
     for (name, busy) in &progress.devices {
         let name = cut(name, label);
         let pad = label.saturating_sub(columns(&name));
-        let text = format!("{name}{} ", " ".repeat(pad + 2));
-        let room = width.saturating_sub(columns(&text) + 11);
-        lines.push(Line::default().plain("  ").plain(&text).bar(*busy, room.min(40), 36, style).plain(&format!(" {:>3.0} % busy", 100.0 * busy)));
+        let text = format!("  {name}{}  ", " ".repeat(pad));
+        let count = format!(" {:>3.0} % busy", 100.0 * busy);
+        let room = width.saturating_sub(columns(&text) + columns(&count));
+        lines.push(Line::default().plain(&text).bar(*busy, room.min(40), 36, style).plain(&count));
     }
     if lines.len() > height {
         let hidden = lines.len() - height + 1;
@@ -119,7 +121,8 @@ pub(crate) fn plain(progress: &Progress) -> String {
         let _ = write!(text, "  {} left", duration(left));
     }
     if !progress.devices.is_empty() {
-        let busy: Vec<String> = progress.devices.iter().map(|(name, busy)| format!("{name} {:.0} %", 100.0 * busy)).collect();
+        let busy: Vec<String> =
+            progress.devices.iter().map(|(name, busy)| format!("{name} {:.0} %", 100.0 * busy)).collect();
         let _ = write!(text, "  busy: {}", busy.join(", "));
     }
     text
@@ -262,7 +265,7 @@ impl Display {
     pub(crate) fn message(&mut self, text: &str) {
         let clear = self.clear();
         // Progress is no reason to end a run: what stderr does not take is lost.
-        drop(write!(self.out, "{clear}{text}\n"));
+        drop(writeln!(self.out, "{clear}{text}"));
         if matches!(self.mode, Mode::Live { .. }) {
             self.show();
         }
@@ -355,10 +358,10 @@ mod tests {
     #[test]
     fn a_frame_is_its_golden_text() {
         let golden = "\
-quickstart  step 100/400  ████████▏░░░░░░░░░░░░░░░░░░░░░░░  25 % 2 min 30 s left
+quickstart  step 100/400  ███████▊░░░░░░░░░░░░░░░░░░░░░░░  25 % 2 min 30 s left
 loss 3.4568  held-out 3.5000  8192 tokens/s
-  local/torch:0    ██████████████████████████████████████▏░  95 % busy
-  local/jax:0      ████████████████████░░░░░░░░░░░░░░░░░░░░  50 % busy";
+  local/torch:0  ██████████████████████████████████████▏░  95 % busy
+  local/jax:0    ████████████████████░░░░░░░░░░░░░░░░░░░░  50 % busy";
         assert_eq!(frame(&progress(), STYLE).join("\n"), golden);
     }
 
@@ -368,8 +371,8 @@ loss 3.4568  held-out 3.5000  8192 tokens/s
         let golden = "\
 quickstart  step 100/400    25 % 2 min 30 s left
 loss 3.4568  held-out 3.5000  8192 tokens/s
-  local/torch:0    \x1b[36m####################\x1b[0m.  95 % busy
-  local/jax:0      \x1b[36m###########\x1b[0m..........  50 % busy";
+  local/torch:0  \x1b[36m####################\x1b[0m.  95 % busy
+  local/jax:0    \x1b[36m###########\x1b[0m..........  50 % busy";
         assert_eq!(frame(&progress(), style).join("\n"), golden);
     }
 
@@ -428,7 +431,8 @@ loss 3.4568  held-out 3.5000  8192 tokens/s
     #[test]
     fn plain_lines_come_at_most_every_few_seconds_and_messages_at_once() {
         let sink = Sink::default();
-        let mut display = Display { progress: progress(), out: Box::new(sink.clone()), mode: Mode::Plain, last: None };
+        let mut display =
+            Display { progress: progress(), out: Box::new(sink.clone()), mode: Mode::Plain, last: None };
         (100..200).for_each(|step| display.step(&row(step)));
         display.message("hello");
         let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();

@@ -65,7 +65,8 @@ impl LoadedJob {
             return Ok(self);
         }
         for path in paths {
-            let absolute = std::path::absolute(path).with_context(|| format!("cannot resolve --data {path}"))?;
+            let absolute =
+                std::path::absolute(path).with_context(|| format!("cannot resolve --data {path}"))?;
             self.other_data.push(absolute.to_string_lossy().into_owned());
         }
         self.job.data.paths.clone_from(&self.other_data);
@@ -112,7 +113,8 @@ impl LoadedJob {
         let packages: BTreeSet<String> = registry::locked_packages(lock)?;
         let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
-        let home = home.ok_or_else(|| anyhow!("neither CARGO_HOME nor HOME is set: name text files with data.paths"))?;
+        let home = home
+            .ok_or_else(|| anyhow!("neither CARGO_HOME nor HOME is set: name text files with data.paths"))?;
         let bytes = self.job.data.max_bytes.unwrap_or(u64::MAX);
         let sources = registry::quickstart_sources(&home.join("registry/src"), Some(&packages), bytes)?;
         Ok(sources.files().iter().map(|file| file.path.clone()).collect())
@@ -173,7 +175,11 @@ pub(crate) fn prepare_data(workspace: &Workspace, args: &DataArgs) -> Result<u8>
     }
     let seq_len = loaded.job.recipe.seq_len;
     let baselines = if prepared.meta.held_out_tokens > u64::from(seq_len) {
-        Some(ngram::baselines(&TokenFile::open(&prepared.train_path())?, &TokenFile::open(&prepared.held_out_path())?, seq_len)?)
+        Some(ngram::baselines(
+            &TokenFile::open(&prepared.train_path())?,
+            &TokenFile::open(&prepared.held_out_path())?,
+            seq_len,
+        )?)
     } else {
         None
     };
@@ -205,7 +211,8 @@ fn expand(path: &str) -> Result<String> {
     let Some((name, rest)) = path.strip_prefix("${").and_then(|rest| rest.split_once('}')) else {
         return Ok(path.to_owned());
     };
-    let value = std::env::var(name).with_context(|| format!("data.paths names ${{{name}}}, which is not set"))?;
+    let value =
+        std::env::var(name).with_context(|| format!("data.paths names ${{{name}}}, which is not set"))?;
     Ok(format!("{value}{rest}"))
 }
 

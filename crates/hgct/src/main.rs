@@ -7,10 +7,13 @@ mod commands;
 mod coordinator;
 mod date;
 mod devices;
+mod display;
 mod environments;
 mod grants;
 mod job;
+mod metrics;
 mod process;
+mod report;
 mod session;
 mod stages;
 mod train;
@@ -49,6 +52,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Serve a run on this host: start and watch its workers
     Agent(agent::AgentArgs),
+    /// Write and show the report of a run
+    Report(report::Args),
     /// Measure what hgct claims
     Bench(bench::BenchArgs),
     /// Inspect or export checkpoints
@@ -77,6 +82,7 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Command::Plan(args) => commands::plan(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Train(args) => train::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Agent(args) => agent::run(&cli.dir, args),
+        Command::Report(args) => report::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Bench(args) => bench::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Ckpt(args) => ckpt::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Data(args) => job::prepare_data(&workspace::Workspace::open(&cli.dir)?, args),

@@ -180,7 +180,8 @@ impl Metrics {
 
     fn parse(bytes: &[u8], file: &str) -> Result<Self> {
         // A resumed run trains some steps again: the newer row counts.
-        let (mut steps, mut evaluations, mut checkpoints) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (mut steps, mut evaluations, mut checkpoints) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut events = Vec::new();
         let lines: Vec<&[u8]> = bytes.split_inclusive(|byte| *byte == b'\n').collect();
         for (index, line) in lines.iter().enumerate() {
@@ -278,7 +279,9 @@ mod tests {
 
     #[test]
     fn a_step_that_is_not_finite_is_null_and_reads_as_nan() {
-        let text = serde_json::to_string(&Row::Step(StepRow { grad_norm: f64::INFINITY, ..step(3, f64::NAN) })).unwrap();
+        let text =
+            serde_json::to_string(&Row::Step(StepRow { grad_norm: f64::INFINITY, ..step(3, f64::NAN) }))
+                .unwrap();
         assert!(text.contains(r#""loss":null,"grad_norm":null"#), "{text}");
         let metrics = Metrics::parse(format!("{text}\n").as_bytes(), "m").unwrap();
         assert!(metrics.steps[0].loss.is_nan() && metrics.steps[0].grad_norm.is_nan());
@@ -286,7 +289,8 @@ mod tests {
 
     #[test]
     fn damage_before_the_last_line_is_an_error_with_its_line() {
-        let error = Metrics::parse(b"{\"type\":\"event\",\"text\":\"a\"}\n{\"type\":\n", "metrics.jsonl").unwrap_err();
+        let error = Metrics::parse(b"{\"type\":\"event\",\"text\":\"a\"}\n{\"type\":\n", "metrics.jsonl")
+            .unwrap_err();
         assert_eq!(error.to_string(), "metrics.jsonl, line 2");
     }
 

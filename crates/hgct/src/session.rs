@@ -45,6 +45,9 @@ pub(crate) struct Options {
 /// Name of the node whose agent a command starts itself.
 pub(crate) const LOCAL: &str = "local";
 
+/// Devices that gave no answer, with the reason.
+pub(crate) type Unanswered = Vec<(DeviceId, String)>;
+
 /// What all nodes offer.
 pub(crate) struct Inventory {
     /// The nodes with usable devices.
@@ -155,7 +158,9 @@ impl Session {
         let file = fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
         loop {
             let mut bytes = vec![0; MAX_CHUNK];
-            let read = file.read_at(&mut bytes, offset).with_context(|| format!("cannot read {}", path.display()))?;
+            let read = file
+                .read_at(&mut bytes, offset)
+                .with_context(|| format!("cannot read {}", path.display()))?;
             if read == 0 {
                 return Ok(());
             }
@@ -167,7 +172,10 @@ impl Session {
     }
 
     /// Starts workers; answers with those that are not ready, and why.
-    pub(crate) fn start_workers(&mut self, devices: &[(NodeId, DeviceSpec)]) -> Result<Vec<(DeviceId, String)>> {
+    pub(crate) fn start_workers(
+        &mut self,
+        devices: &[(NodeId, DeviceSpec)],
+    ) -> Result<Vec<(DeviceId, String)>> {
         let workers = devices
             .iter()
             .map(|(node, device)| {
@@ -220,7 +228,7 @@ impl Session {
         devices: &[DeviceSpec],
         budget: Duration,
         told: &mut dyn FnMut(&CheckReport),
-    ) -> Result<(Vec<CheckReport>, Vec<(DeviceId, String)>)> {
+    ) -> Result<(Vec<CheckReport>, Unanswered)> {
         let order = |device: &DeviceSpec| ToWorker::Check {
             kind: device.kind.clone(),
             budget_ns: budget.as_nanos() as u64,
@@ -244,7 +252,7 @@ impl Session {
         seq_len: u32,
         micro_batches: &[u32],
         budget: Duration,
-    ) -> Result<(Vec<DeviceProfile>, Vec<(DeviceId, String)>)> {
+    ) -> Result<(Vec<DeviceProfile>, Unanswered)> {
         let order = |device: &DeviceSpec| ToWorker::Profile {
             model: model.clone(),
             seq_len,
@@ -270,7 +278,10 @@ impl Session {
             return Ok(Vec::new());
         }
         let deadline = Duration::from_secs(60);
-        self.shell.command(Command::MeasureLinks { workers: workers.to_vec(), deadline_ns: deadline.as_nanos() as u64 })?;
+        self.shell.command(Command::MeasureLinks {
+            workers: workers.to_vec(),
+            deadline_ns: deadline.as_nanos() as u64,
+        })?;
         let (links, failed) = self.wait_for("links", deadline + SLACK, |update| match update {
             Update::LinksMeasured { links, failed } => Some((links, failed)),
             _ => None,
@@ -402,7 +413,8 @@ fn read_or_make_token(path: &Path) -> Result<Token> {
 /// This host's own agent: the same program, another process.
 fn start_agent(workspace: &Workspace, session: &Session, token_file: &Path) -> Result<Child> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    let log = fs::File::create(session.folder.join("logs/agent.log")).context("cannot make the agent's log")?;
+    let log =
+        fs::File::create(session.folder.join("logs/agent.log")).context("cannot make the agent's log")?;
     std::process::Command::new(program)
         .arg("agent")
         .args(["--join", &session.shell.address().to_string(), "--name", LOCAL, "--token-file"])

@@ -73,8 +73,11 @@ impl Fleet {
             }
         }
         if cluster.devices().next().is_none() {
-            let reasons: Vec<String> =
-                inventory.unusable.iter().map(|(node, device)| format!("\n  {node}: {}: {}", device.name, device.reason)).collect();
+            let reasons: Vec<String> = inventory
+                .unusable
+                .iter()
+                .map(|(node, device)| format!("\n  {node}: {}: {}", device.name, device.reason))
+                .collect();
             bail!("no device can be used{}\nsee `hgct devices`", reasons.concat());
         }
         let fleet = Self {
@@ -93,7 +96,9 @@ impl Fleet {
         let missing: Vec<(NodeId, DeviceSpec)> = self
             .cluster
             .devices()
-            .filter(|(_, device)| devices.iter().any(|wanted| wanted.id == device.id) && !self.started.contains(&device.id))
+            .filter(|(_, device)| {
+                devices.iter().any(|wanted| wanted.id == device.id) && !self.started.contains(&device.id)
+            })
             .map(|(node, device)| (node.name.clone(), device.clone()))
             .collect();
         if missing.is_empty() {
@@ -130,7 +135,12 @@ impl Fleet {
 
     /// Checks every device that was not checked as it is now, side by side; those that fail are set
     /// aside unless forced.
-    pub(crate) fn check(&mut self, session: &mut Session, workspace: &Workspace, choices: &Choices) -> Result<()> {
+    pub(crate) fn check(
+        &mut self,
+        session: &mut Session,
+        workspace: &Workspace,
+        choices: &Choices,
+    ) -> Result<()> {
         let devices = self.devices();
         let (mut reports, mut unknown) = (Vec::new(), Vec::new());
         for device in devices {
@@ -146,7 +156,12 @@ impl Fleet {
             unknown.retain(|device| self.cluster.device(&device.id).is_some());
             let started = Instant::now();
             let (fresh, failed) = session.check(&unknown, CHECK_BUDGET, &mut |report| {
-                eprintln!("check: {} {:?} after {:.0} s", report.device, report.verdict, started.elapsed().as_secs_f64());
+                eprintln!(
+                    "check: {} {:?} after {:.0} s",
+                    report.device,
+                    report.verdict,
+                    started.elapsed().as_secs_f64()
+                );
             })?;
             for report in fresh {
                 if let Some(device) = unknown.iter().find(|device| device.id == report.device) {
@@ -162,7 +177,10 @@ impl Fleet {
             if report.verdict == Verdict::Fail && !choices.force {
                 let failed = report.checks.iter().find(|row| row.verdict == Verdict::Fail);
                 let reason = failed.map_or_else(String::new, |row| format!("{}: {}", row.name, row.message));
-                self.set_aside(&report.device, format!("failed the check: {reason} (--force uses it all the same)"));
+                self.set_aside(
+                    &report.device,
+                    format!("failed the check: {reason} (--force uses it all the same)"),
+                );
             }
         }
         reports.sort_by(|a, b| a.device.cmp(&b.device));
@@ -184,12 +202,17 @@ impl Fleet {
         let devices = self.devices();
         let key = |device: &DeviceSpec, fleet: &Self| {
             // Without isolation the others are part of what was measured.
-            let others = if isolation(&fleet.cluster) == Isolation::Unisolated { names(&fleet.cluster) } else { String::new() };
+            let others = if isolation(&fleet.cluster) == Isolation::Unisolated {
+                names(&fleet.cluster)
+            } else {
+                String::new()
+            };
             Hash::of(&(CACHE_FORMAT, identity(device), model, seq_len, &micro_batches, others))
         };
         let (mut rows, mut unknown) = (Vec::new(), Vec::new());
         for device in &devices {
-            match workspace.cached::<DeviceProfile>("profile", &key(device, self)).filter(|_| !choices.fresh) {
+            match workspace.cached::<DeviceProfile>("profile", &key(device, self)).filter(|_| !choices.fresh)
+            {
                 Some(row) if row.device == device.id => rows.push(row),
                 _ => unknown.push(device.clone()),
             }
@@ -198,7 +221,8 @@ impl Fleet {
             eprintln!("profile: {} devices side by side, up to a minute", unknown.len());
             self.start(session, &unknown)?;
             self.hold(session)?;
-            let (fresh, failed) = session.profile(&unknown, model, seq_len, &micro_batches, PROFILE_BUDGET)?;
+            let (fresh, failed) =
+                session.profile(&unknown, model, seq_len, &micro_batches, PROFILE_BUDGET)?;
             for row in fresh {
                 if let Some(device) = unknown.iter().find(|device| device.id == row.device) {
                     workspace.keep("profile", &key(device, self), &row)?;
@@ -224,7 +248,12 @@ impl Fleet {
         })
     }
 
-    fn links(&mut self, session: &mut Session, workspace: &Workspace, choices: &Choices) -> Result<Vec<LinkProfile>> {
+    fn links(
+        &mut self,
+        session: &mut Session,
+        workspace: &Workspace,
+        choices: &Choices,
+    ) -> Result<Vec<LinkProfile>> {
         let devices = self.devices();
         let key = Hash::of(&(CACHE_FORMAT, "links", devices.iter().map(identity).collect::<Vec<_>>()));
         if let Some(links) = workspace.cached::<Vec<LinkProfile>>("links", &key).filter(|_| !choices.fresh) {
@@ -283,7 +312,14 @@ fn check_key(device: &DeviceSpec) -> Hash {
 /// What makes a kept result this device's: hardware, environment, grant.
 fn identity(device: &DeviceSpec) -> impl serde::Serialize + use<> {
     let device = device.clone();
-    (device.id, device.identity, device.environment_hash, device.device_string, device.grant, env!("CARGO_PKG_VERSION"))
+    (
+        device.id,
+        device.identity,
+        device.environment_hash,
+        device.device_string,
+        device.grant,
+        env!("CARGO_PKG_VERSION"),
+    )
 }
 
 fn names(cluster: &ClusterSpec) -> String {
@@ -295,7 +331,8 @@ fn read_cluster(path: &Path, inventory: &Inventory) -> Result<ClusterSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let cluster = ClusterSpec::from_toml(&path.to_string_lossy(), &text)?;
     for (node, device) in cluster.devices() {
-        let here = inventory.nodes.iter().filter(|known| known.name == node.name).flat_map(|node| &node.devices);
+        let here =
+            inventory.nodes.iter().filter(|known| known.name == node.name).flat_map(|node| &node.devices);
         if !here.into_iter().any(|known| known.id == device.id) {
             let reason = inventory.unusable.iter().find(|(_, row)| device.id.as_str().ends_with(&row.name));
             let reason = reason.map_or_else(String::new, |(_, row)| format!(": {}", row.reason));

@@ -44,15 +44,16 @@ impl Workspace {
         let runs = self.root.join("runs");
         if name == "latest" {
             let mut ids: Vec<PathBuf> = fs::read_dir(&runs)
-                .map(|entries| entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
+                .map(|entries| {
+                    entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+                })
                 .unwrap_or_default();
             ids.sort();
             return ids.pop().with_context(|| format!("there is no run under {}", runs.display()));
         }
-        [runs.join(name), PathBuf::from(name)]
-            .into_iter()
-            .find(|path| path.is_dir())
-            .with_context(|| format!("there is no run {name:?} under {}: `latest` names the newest", runs.display()))
+        [runs.join(name), PathBuf::from(name)].into_iter().find(|path| path.is_dir()).with_context(|| {
+            format!("there is no run {name:?} under {}: `latest` names the newest", runs.display())
+        })
     }
 
     /// A document kept under a key, if it is there and reads.
@@ -79,10 +80,13 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = folder.join(format!(".{name}.{}", std::process::id()));
     let write = || -> std::io::Result<()> {
-        let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&temporary)?;
+        let mut file =
+            fs::OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().inspect_err(|_| drop(fs::remove_file(&temporary))).with_context(|| format!("cannot write {}", path.display()))
+    write()
+        .inspect_err(|_| drop(fs::remove_file(&temporary)))
+        .with_context(|| format!("cannot write {}", path.display()))
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use hgct_comm::monotonic_ns;
 use hgct_control::message::{FromWorker, ToWorker, WorkerBeat};
+use hgct_core::ids::{Generation, RunId};
 
 use self::pipe::Pipe;
 use self::session::Session;
@@ -40,7 +41,7 @@ pub fn run(open: impl FnOnce(&EnginePlace) -> Result<Box<dyn Engine>>) -> Result
     let reader_stop = Arc::clone(&stop);
     spawn("hgct-orders", move || pipe::read_orders(input, &orders, &reader_stop))?;
 
-    let Some((attach, run, generation)) = first_order(&inbox)? else { return Ok(0) };
+    let Some((attach, run, generation)) = first_order(&inbox) else { return Ok(0) };
     let ToWorker::Attach { heartbeat_ns, ref engine, ref device_string, ref modules, .. } = attach else {
         return Err(Error::Orders { message: "the first order must be `attach`".into() });
     };
@@ -75,13 +76,9 @@ pub fn run(open: impl FnOnce(&EnginePlace) -> Result<Box<dyn Engine>>) -> Result
 
 type Inbox = Receiver<pipe::Received>;
 
-fn first_order(
-    inbox: &Inbox,
-) -> Result<Option<(ToWorker, hgct_core::ids::RunId, hgct_core::ids::Generation)>> {
-    match inbox.recv() {
-        Err(_) => Ok(None),
-        Ok((envelope, _)) => Ok(Some((envelope.message, envelope.run, envelope.generation))),
-    }
+fn first_order(inbox: &Inbox) -> Option<(ToWorker, RunId, Generation)> {
+    let (envelope, _) = inbox.recv().ok()?;
+    Some((envelope.message, envelope.run, envelope.generation))
 }
 
 /// Tells what the worker does, for as long as the pipe takes it.

@@ -169,14 +169,8 @@ impl Session {
                 step_deadline: Duration::from_nanos(options.step_deadline_ns),
                 progress: Arc::clone(&self.progress),
             },
-        );
-        match trainer {
-            Ok(trainer) => self.loaded = Some(Loaded { trainer, generation, options }),
-            Err((error, engine)) => {
-                self.engine = Some(engine);
-                return Err(error);
-            }
-        }
+        )?;
+        self.loaded = Some(Loaded { trainer, generation, options });
         locked(&self.pipe).enter(generation);
         self.say(FromWorker::Loaded)
     }
@@ -204,16 +198,10 @@ impl Session {
             recipe,
             train: TokenFile::open(&self.blob(train)?)?,
             held_out: None,
-            step_deadline: Duration::from_secs(600),
+            step_deadline: Duration::from_mins(10),
             progress: Arc::clone(&self.progress),
         };
-        let mut trainer = match Trainer::load(engine, options) {
-            Ok(trainer) => trainer,
-            Err((error, engine)) => {
-                self.engine = Some(engine);
-                return Err(error);
-            }
-        };
+        let mut trainer = Trainer::load(engine, options)?;
         trainer.initialise(0, 0)?;
         let mut steps = Vec::new();
         let mut counted = Duration::ZERO;
@@ -315,13 +303,13 @@ impl Session {
                         to: other.device.clone(),
                         transport: comm.transport_to(other.rank)?.to_owned(),
                         latency_ns: measured.latency_ns,
-                        bytes_per_s: measured.bytes_per_s as u64,
+                        bytes_per_s: measured.bytes_per_s,
                     });
                     self.progress.alive();
                 }
             }
             // Nobody leaves while others still measure.
-            comm.barrier(0, Deadline::after(Duration::from_secs(60)))?;
+            comm.barrier(0, Deadline::after(Duration::from_mins(1)))?;
             comm.close(Deadline::after(Duration::from_secs(2)));
         }
         self.say(FromWorker::LinksMeasured { links })

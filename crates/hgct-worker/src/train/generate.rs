@@ -65,7 +65,9 @@ impl Trainer {
                     sequence.push(u32::from_le_bytes([token[0], token[1], token[2], token[3]]));
                 }
             } else {
-                sequences.iter_mut().for_each(|sequence| sequence.push(0));
+                for sequence in &mut sequences {
+                    sequence.push(0);
+                }
             }
             self.progress.alive();
         }

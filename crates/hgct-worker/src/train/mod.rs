@@ -75,55 +75,19 @@ pub struct Trainer {
 
 impl Trainer {
     /// Loads the rank's stages into the engine. Parameters are not there yet.
-    pub fn load(
-        mut engine: Box<dyn Engine>,
-        options: TrainerOptions,
-    ) -> Result<Self, (Error, Box<dyn Engine>)> {
-        match Self::prepare(engine.as_mut(), &options) {
-            Err(error) => Err((error, engine)),
-            Ok((stages, schedule, evaluation, order)) => {
-                let TrainerOptions { plan, rank, recipe, train, held_out, step_deadline, progress } = options;
-                Ok(Self {
-                    exchange: Exchange::new(&plan, rank),
-                    owned: Owned::new(&plan, rank),
-                    plan,
-                    rank,
-                    recipe,
-                    engine,
-                    stages,
-                    schedule,
-                    evaluation,
-                    order,
-                    train,
-                    held_out,
-                    comm: None,
-                    step_deadline,
-                    progress,
-                    num_updates: 0,
-                    collectives: 0,
-                })
-            }
-        }
-    }
-
-    #[allow(clippy::type_complexity, reason = "the parts are named where they are taken apart")]
-    fn prepare(
-        engine: &mut dyn Engine,
-        options: &TrainerOptions,
-    ) -> Result<(Vec<StageId>, Vec<Action>, Vec<Action>, SampleOrder)> {
-        let plan = &options.plan;
+    pub fn load(mut engine: Box<dyn Engine>, options: TrainerOptions) -> Result<Self> {
+        let TrainerOptions { plan, rank, recipe, train, held_out, step_deadline, progress } = options;
         plan.validate()?;
-        let rank = options.rank;
-        let mut schedule = Schedule::of(plan)?;
-        let mut evaluation = Schedule::forward_only(plan)?;
+        let mut schedule = Schedule::of(&plan)?;
+        let mut evaluation = Schedule::forward_only(&plan)?;
         if rank.index() >= schedule.ranks.len() {
             return Err(Error::Protocol {
                 rank,
                 message: format!("the plan has {} ranks", plan.ranks.len()),
             });
         }
-        let samples = options.train.samples(plan.seq_len)?.len();
-        let order = SampleOrder::new(options.recipe.seed, samples, u64::from(plan.global_batch));
+        let samples = train.samples(plan.seq_len)?.len();
+        let order = SampleOrder::new(recipe.seed, samples, u64::from(plan.global_batch));
         let loads: Vec<StageLoad> = plan
             .stages_of(rank)
             .map(|(stage, instance)| StageLoad {
@@ -134,9 +98,25 @@ impl Trainer {
             })
             .collect();
         engine.load(&loads)?;
-        let stages = loads.iter().map(|load| load.stage).collect();
-        let mine = |schedule: &mut Schedule| std::mem::take(&mut schedule.ranks[rank.index()]);
-        Ok((stages, mine(&mut schedule), mine(&mut evaluation), order))
+        Ok(Self {
+            exchange: Exchange::new(&plan, rank),
+            owned: Owned::new(&plan, rank),
+            schedule: std::mem::take(&mut schedule.ranks[rank.index()]),
+            evaluation: std::mem::take(&mut evaluation.ranks[rank.index()]),
+            stages: loads.iter().map(|load| load.stage).collect(),
+            plan,
+            rank,
+            recipe,
+            engine,
+            order,
+            train,
+            held_out,
+            comm: None,
+            step_deadline,
+            progress,
+            num_updates: 0,
+            collectives: 0,
+        })
     }
 
     /// The rank.

@@ -17,7 +17,11 @@ impl Figure {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;
-        let median = if values.len().is_multiple_of(2) { values[middle - 1].midpoint(values[middle]) } else { values[middle] };
+        let median = if values.len().is_multiple_of(2) {
+            values[middle - 1].midpoint(values[middle])
+        } else {
+            values[middle]
+        };
         Some(Self { median, min, max })
     }
 }
@@ -92,8 +96,16 @@ pub(super) struct KindRow {
 
 impl std::fmt::Display for TrainingBench {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "{} · {} · {} rounds, {} void", self.measured_at, self.machine, self.rounds, self.void_rounds)?;
-        writeln!(f, "\n{:<18} {:>10} {:>22} {:>10} {:>10} {:>7}   rounding exchange waiting unexplained", "plan", "tokens/s", "efficiency (min–max)", "step s", "predicted", "error")?;
+        writeln!(
+            f,
+            "{} · {} · {} rounds, {} void",
+            self.measured_at, self.machine, self.rounds, self.void_rounds
+        )?;
+        writeln!(
+            f,
+            "\n{:<18} {:>10} {:>22} {:>10} {:>10} {:>7}   rounding exchange waiting unexplained",
+            "plan", "tokens/s", "efficiency (min–max)", "step s", "predicted", "error"
+        )?;
         for row in &self.plans {
             let l = row.losses;
             writeln!(
@@ -113,7 +125,11 @@ impl std::fmt::Display for TrainingBench {
                 100.0 * l.unexplained,
             )?;
         }
-        writeln!(f, "\n{:<18} {:<28} {:>9} {:>10} {:>9} {:>6} {:>10}", "plan", "kind", "alone", "together", "of its own", "quota", "CPU share")?;
+        writeln!(
+            f,
+            "\n{:<18} {:<28} {:>9} {:>10} {:>9} {:>6} {:>10}",
+            "plan", "kind", "alone", "together", "of its own", "quota", "CPU share"
+        )?;
         for row in &self.rows {
             writeln!(
                 f,
@@ -127,7 +143,11 @@ impl std::fmt::Display for TrainingBench {
                 100.0 * row.cpu_share_of_quota
             )?;
         }
-        writeln!(f, "\nefficiency of the planner's choice: {:.1} % of the kinds side by side", 100.0 * self.efficiency)?;
+        writeln!(
+            f,
+            "\nefficiency of the planner's choice: {:.1} % of the kinds side by side",
+            100.0 * self.efficiency
+        )?;
         if let Some(share) = self.efficiency_one_after_another {
             writeln!(f, "the same against one after another: {:.1} %", 100.0 * share)?;
         }
@@ -136,7 +156,11 @@ impl std::fmt::Display for TrainingBench {
             writeln!(f, "forced pipeline: {:.1} % of its dry run with free communication", 100.0 * share)?;
         }
         if let Some(overhead) = self.worker_overhead {
-            writeln!(f, "a torch worker under hgct: {:.1} % of a plain PyTorch loop", 100.0 * (1.0 - overhead))?;
+            writeln!(
+                f,
+                "a torch worker under hgct: {:.1} % of a plain PyTorch loop",
+                100.0 * (1.0 - overhead)
+            )?;
         }
         write!(f, "again: {}", self.command)
     }

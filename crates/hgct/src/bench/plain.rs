@@ -19,7 +19,7 @@ pub(super) struct PlainLoop {
     orders: ChildStdin,
     answers: BufReader<ChildStdout>,
     /// Keeps the quota while the loop lives.
-    _held: Held,
+    held: Held,
 }
 
 impl PlainLoop {
@@ -34,7 +34,9 @@ impl PlainLoop {
         let script = workspace.root().join("bench/plain_torch.py");
         crate::workspace::write_atomically(&script, SCRIPT.as_bytes(), 0o644)?;
         let environments = Environments::read(&workspace.root().join("environments.toml"))?;
-        let environment = environments.get(&device.environment).ok_or_else(|| anyhow!("no environment {}", device.environment))?;
+        let environment = environments
+            .get(&device.environment)
+            .ok_or_else(|| anyhow!("no environment {}", device.environment))?;
         let (seq_len, micro_batch, num_micro_batches) = shape;
         let mut command = environment.command(&std::collections::BTreeMap::new(), device.grant.threads);
         command
@@ -50,11 +52,11 @@ impl PlainLoop {
         let mut held = Holder::open()?.group("plain-torch", None)?;
         held.join(child.id())?;
         pin(child.id(), &device.grant.cores)?;
-        let mut this = Self { child, orders, answers, _held: held };
+        let mut this = Self { child, orders, answers, held };
         if this.line()?.trim() != "ready" {
             bail!("the plain loop did not start");
         }
-        this._held.set(device.grant.cpu_millicores)?;
+        this.held.set(device.grant.cpu_millicores)?;
         Ok(this)
     }
 

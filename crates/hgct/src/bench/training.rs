@@ -32,7 +32,8 @@ use crate::workspace::{Workspace, write_atomically};
 
 /// Engine, thousandths of a core, core: the slowest is about 12 % of the sum, the fastest three
 /// times as fast.
-const QUOTAS: [(&str, u32, u32); 4] = [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
+const QUOTAS: [(&str, u32, u32); 4] =
+    [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
 
 /// How far a kind's CPU share may be off its quota before a round is void.
 const SHARE_TOLERANCE: f64 = 0.02;
@@ -108,7 +109,8 @@ fn job(workspace: &Workspace, args: &TrainingArgs) -> Result<LoadedJob> {
 }
 
 fn absolute(path: &str) -> Result<String> {
-    let path = std::fs::canonicalize(path).with_context(|| format!("cannot find {path}: name a text with --data"))?;
+    let path = std::fs::canonicalize(path)
+        .with_context(|| format!("cannot find {path}: name a text with --data"))?;
     Ok(path.to_string_lossy().into_owned())
 }
 
@@ -147,7 +149,13 @@ fn measure(
     if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
     }
-    let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &Choices { fresh: true, ..Choices::default() })?;
+    let profile = fleet.profile(
+        session,
+        workspace,
+        &loaded.job,
+        &loaded.model,
+        &Choices { fresh: true, ..Choices::default() },
+    )?;
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let candidates = candidates(loaded, &fleet.cluster, &profile, args.quick)?;
@@ -178,7 +186,9 @@ fn measure(
 fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
     let mut nodes = cluster.nodes;
     for node in &mut nodes {
-        node.devices.retain(|device| device.host_resource == "cpu" && QUOTAS.iter().any(|(engine, ..)| *engine == device.engine));
+        node.devices.retain(|device| {
+            device.host_resource == "cpu" && QUOTAS.iter().any(|(engine, ..)| *engine == device.engine)
+        });
         node.devices.sort_by_key(|device| QUOTAS.iter().position(|(engine, ..)| *engine == device.engine));
         node.devices.dedup_by_key(|device| device.engine.clone());
     }
@@ -192,16 +202,27 @@ fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
     cluster.validate("the benchmark's cluster")?;
     match cluster.devices().count() {
         4 => Ok(cluster),
-        n => bail!("the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"),
+        n => bail!(
+            "the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"
+        ),
     }
 }
 
 /// The planner's choice, forced data-parallel, forced pipeline; equal ones are one.
-fn candidates(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile, quick: bool) -> Result<Vec<Candidate>> {
+fn candidates(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+    quick: bool,
+) -> Result<Vec<Candidate>> {
     let shapes: &[(&str, PlanShape)] = if quick {
         &[("planner", PlanShape::Any)]
     } else {
-        &[("planner", PlanShape::Any), ("data-parallel", PlanShape::DataParallel), ("pipeline", PlanShape::Pipeline)]
+        &[
+            ("planner", PlanShape::Any),
+            ("data-parallel", PlanShape::DataParallel),
+            ("pipeline", PlanShape::Pipeline),
+        ]
     };
     let mut found: Vec<Candidate> = Vec::new();
     for (name, shape) in shapes {
@@ -214,9 +235,13 @@ fn candidates(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile, quic
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
         let planned = hgct_planner::plan(&input, &Budget::default())?;
         eprintln!("{name}:\n{}", planned.explanation);
-        match found.iter_mut().find(|known| known.plan.pipelines == planned.plan.pipelines && known.plan.stages == planned.plan.stages) {
+        match found.iter_mut().find(|known| {
+            known.plan.pipelines == planned.plan.pipelines && known.plan.stages == planned.plan.stages
+        }) {
             Some(known) => known.name = format!("{} = {name}", known.name),
-            None => found.push(Candidate { name: (*name).into(), plan: Arc::new(planned.plan.clone()), planned }),
+            None => {
+                found.push(Candidate { name: (*name).into(), plan: Arc::new(planned.plan.clone()), planned });
+            }
         }
     }
     Ok(found)
@@ -224,7 +249,11 @@ fn candidates(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile, quic
 
 /// For each device a plan of its own: its best micro-batch, and about its share of the global batch,
 /// so that the optimizer weighs as much as it does together.
-fn alone_plans(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<(DeviceSpec, Plan)>> {
+fn alone_plans(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+) -> Result<Vec<(DeviceSpec, Plan)>> {
     let mut speeds = Vec::new();
     for (node, device) in cluster.devices() {
         let row = profile.device(&device.id).ok_or_else(|| anyhow!("{} was not measured", device.id))?;
@@ -249,7 +278,12 @@ fn alone_plans(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> 
         let share = f64::from(loaded.job.recipe.global_batch) * speed / total;
         let number = ((share / f64::from(size)).round() as u32).max(1);
         let layers = loaded.model.num_placeable_layers();
-        let rank = PlanRank { device: device.id.clone(), kind: device.kind.clone(), node, grant: device.grant.clone() };
+        let rank = PlanRank {
+            device: device.id.clone(),
+            kind: device.kind.clone(),
+            node,
+            grant: device.grant.clone(),
+        };
         let plan = PlanBuilder::new(loaded.model.clone(), loaded.job.recipe.seq_len, size * number)
             .rank(rank)
             .pipeline(size, number, &[(Rank(0), layers)])
@@ -268,7 +302,8 @@ fn round(
     alone: &[(DeviceSpec, Plan)],
 ) -> Result<Round> {
     let steps = train_alone(loaded, data, session, alone, Duration::from_secs(12))?;
-    let mut round = Round { alone: BTreeMap::new(), alone_exchange_ns: BTreeMap::new(), together: Vec::new() };
+    let mut round =
+        Round { alone: BTreeMap::new(), alone_exchange_ns: BTreeMap::new(), together: Vec::new() };
     for (device, steps) in steps {
         round.alone.insert(device.clone(), speed(&steps));
         let exchange: f64 = steps.iter().map(|step| step.exchange_ns as f64).sum();
@@ -304,14 +339,15 @@ fn train_alone(
     let deadline = Duration::from_secs(300);
     session.shell.command(Command::Ask { requests, deadline_ns: deadline.as_nanos() as u64 })?;
     let mut found = BTreeMap::new();
-    let failed = session.wait_for("training alone", deadline + Duration::from_secs(5), |update| match update {
-        Update::Answer { worker, answer: FromWorker::TrainedAlone { steps } } => {
-            found.insert(worker, steps);
-            None
-        }
-        Update::Answered { failed } => Some(failed),
-        _ => None,
-    })?;
+    let failed =
+        session.wait_for("training alone", deadline + Duration::from_secs(5), |update| match update {
+            Update::Answer { worker, answer: FromWorker::TrainedAlone { steps } } => {
+                found.insert(worker, steps);
+                None
+            }
+            Update::Answered { failed } => Some(failed),
+            _ => None,
+        })?;
     match failed.into_iter().next() {
         None => Ok(found),
         Some((device, failure)) => bail!("{device} could not train alone: {failure}"),
@@ -342,7 +378,9 @@ fn train_together(
         },
         deadline_ns: deadline.as_nanos() as u64,
     })))?;
-    session.wait_for("loaded stages", deadline, |update| matches!(update, Update::Loaded { .. }).then_some(()))?;
+    session.wait_for("loaded stages", deadline, |update| {
+        matches!(update, Update::Loaded { .. }).then_some(())
+    })?;
     session.shell.command(Command::Start {
         step: 0,
         num_updates: 0,
@@ -457,13 +495,15 @@ fn figures(
         };
         let alone_sum = |round: &Round| round.alone.values().sum::<f64>();
         let step = Figure::of(rounds.iter().map(step_s).collect()).ok_or_else(none)?;
-        let efficiency = Figure::of(rounds.iter().map(|r| tokens / step_s(r) / alone_sum(r)).collect()).ok_or_else(none)?;
+        let efficiency = Figure::of(rounds.iter().map(|r| tokens / step_s(r) / alone_sum(r)).collect())
+            .ok_or_else(none)?;
         let predicted = candidate.planned.plan.prediction.as_ref().map_or(0.0, |p| p.step_ns as f64 / 1e9);
         let losses: Vec<Losses> = rounds.iter().map(|round| losses(plan, round, at, step_s(round))).collect();
         let mean = |part: fn(&Losses) -> f64| losses.iter().map(part).sum::<f64>() / losses.len() as f64;
         plans.push(PlanRow {
             plan: candidate.name.clone(),
-            tokens_per_second: Figure::of(rounds.iter().map(|r| tokens / step_s(r)).collect()).ok_or_else(none)?,
+            tokens_per_second: Figure::of(rounds.iter().map(|r| tokens / step_s(r)).collect())
+                .ok_or_else(none)?,
             efficiency,
             step_seconds: step,
             predicted_step_seconds: predicted,
@@ -481,9 +521,14 @@ fn figures(
         }
         let shares = flop_shares(plan);
         for (rank, placed) in plan.ranks.iter().enumerate() {
-            let together = Figure::of(rounds.iter().map(|r| tokens * shares[rank] / step_s(r)).collect()).ok_or_else(none)?;
-            let alone = Figure::of(rounds.iter().filter_map(|r| r.alone.get(&placed.device).copied()).collect()).ok_or_else(none)?;
-            let quota = Figure::of(rounds.iter().map(|r| share_of_quota(&r.together[at], rank, plan)).collect()).ok_or_else(none)?;
+            let together = Figure::of(rounds.iter().map(|r| tokens * shares[rank] / step_s(r)).collect())
+                .ok_or_else(none)?;
+            let alone =
+                Figure::of(rounds.iter().filter_map(|r| r.alone.get(&placed.device).copied()).collect())
+                    .ok_or_else(none)?;
+            let quota =
+                Figure::of(rounds.iter().map(|r| share_of_quota(&r.together[at], rank, plan)).collect())
+                    .ok_or_else(none)?;
             rows.push(KindRow {
                 plan: candidate.name.clone(),
                 kind: placed.kind.clone(),
@@ -496,10 +541,14 @@ fn figures(
         }
     }
     let planner = plans.first().ok_or_else(none)?;
-    let machine = cluster.devices().next().map(|(node, device)| format!("{} ({} cores)", device.identity, node.cores));
+    let machine =
+        cluster.devices().next().map(|(node, device)| format!("{} ({} cores)", device.identity, node.cores));
     Ok(TrainingBench {
         measured_at: crate::date::now(),
-        command: format!("hgct bench training --rounds {} --steps {} --global-batch {}", args.rounds, args.steps, args.global_batch),
+        command: format!(
+            "hgct bench training --rounds {} --steps {} --global-batch {}",
+            args.rounds, args.steps, args.global_batch
+        ),
         machine: machine.unwrap_or_default(),
         efficiency: planner.efficiency.median,
         efficiency_one_after_another: one_by_one.map(|sum| planner.tokens_per_second.median / sum),
@@ -519,7 +568,8 @@ fn flop_shares(plan: &Plan) -> Vec<f64> {
     for pipeline in &plan.pipelines {
         for stage in &pipeline.stages {
             let stage = plan.stage(*stage);
-            flops[stage.rank().index()] += pipeline.num_samples() as f64 * plan.model.train_flops(stage.layers(), plan.seq_len);
+            flops[stage.rank().index()] +=
+                pipeline.num_samples() as f64 * plan.model.train_flops(stage.layers(), plan.seq_len);
         }
     }
     let sum: f64 = flops.iter().sum();
@@ -531,12 +581,17 @@ fn losses(plan: &Plan, round: &Round, at: usize, step_s: f64) -> Losses {
     let tokens = f64::from(plan.global_batch) * f64::from(plan.seq_len);
     let ideal = tokens / round.alone.values().sum::<f64>();
     let shares = flop_shares(plan);
-    let own = |rank: usize| tokens * shares[rank] / round.alone.get(&plan.ranks[rank].device).copied().unwrap_or(f64::INFINITY);
+    let own = |rank: usize| {
+        tokens * shares[rank] / round.alone.get(&plan.ranks[rank].device).copied().unwrap_or(f64::INFINITY)
+    };
     // The rank that has most to do at its own speed.
     let busiest = (0..plan.ranks.len()).max_by(|a, b| own(*a).total_cmp(&own(*b))).unwrap_or(0);
     let steps = &round.together[at];
-    let mean = |of: &dyn Fn(&StepReport) -> u64| steps.iter().map(|step| of(&step[busiest]) as f64 / 1e9).sum::<f64>() / steps.len() as f64;
-    let alone_exchange = round.alone_exchange_ns.get(&plan.ranks[busiest].device).copied().unwrap_or(0.0) / 1e9;
+    let mean = |of: &dyn Fn(&StepReport) -> u64| {
+        steps.iter().map(|step| of(&step[busiest]) as f64 / 1e9).sum::<f64>() / steps.len() as f64
+    };
+    let alone_exchange =
+        round.alone_exchange_ns.get(&plan.ranks[busiest].device).copied().unwrap_or(0.0) / 1e9;
     let rounding = own(busiest) - ideal;
     let exchange = mean(&|r| r.exchange_ns) - alone_exchange;
     let waiting = mean(&|r| r.step_ns.saturating_sub(r.compute_ns + r.exchange_ns));

@@ -42,7 +42,8 @@ impl Connections {
 
     /// Takes connections from now on.
     pub(super) fn listen(&self, listener: TcpListener, run: RunId, token: Token) -> Result<()> {
-        let (events, queued, arrived) = (self.events.clone(), Arc::clone(&self.queued), Arc::clone(&self.arrived));
+        let (events, queued, arrived) =
+            (self.events.clone(), Arc::clone(&self.queued), Arc::clone(&self.arrived));
         let accept = move || {
             let strangers = Arc::new(AtomicUsize::new(0));
             for (number, stream) in (0..).zip(listener.incoming()) {
@@ -57,7 +58,7 @@ impl Connections {
                     let proved = authenticate(&stream, &run, token);
                     strangers.fetch_sub(1, Ordering::AcqRel);
                     match proved {
-                        Ok(node) => serve(ConnectionId(number), node, stream, &events, &queued, &arrived),
+                        Ok(node) => serve(ConnectionId(number), node, &stream, &events, &queued, &arrived),
                         Err(error) => eprintln!("hgct: a connection was refused: {error:#}"),
                     }
                 };
@@ -65,7 +66,11 @@ impl Connections {
                 let _ = std::thread::Builder::new().name("hgct-agent-link".into()).spawn(serve);
             }
         };
-        std::thread::Builder::new().name("hgct-listener".into()).spawn(accept).map(drop).context("cannot start a thread")
+        std::thread::Builder::new()
+            .name("hgct-listener".into())
+            .spawn(accept)
+            .map(drop)
+            .context("cannot start a thread")
     }
 
     /// Makes a new connection known before the machine hears of it.
@@ -143,7 +148,7 @@ fn authenticate(stream: &TcpStream, run: &RunId, token: Token) -> Result<NodeId>
 fn serve(
     connection: ConnectionId,
     node: NodeId,
-    stream: TcpStream,
+    stream: &TcpStream,
     events: &SyncSender<Event>,
     queued: &Arc<AtomicU64>,
     arrived: &Mutex<BTreeMap<ConnectionId, Link>>,
@@ -151,8 +156,13 @@ fn serve(
     let (frames, outgoing) = channel();
     let joined = stream.try_clone().and_then(|writer| {
         let (queued, write) = (Arc::clone(queued), stream.try_clone()?);
-        std::thread::Builder::new().name("hgct-agent-write".into()).spawn(move || write_frames(writer, &outgoing, &queued))?;
-        arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(connection, Link { frames, stream: write });
+        std::thread::Builder::new()
+            .name("hgct-agent-write".into())
+            .spawn(move || write_frames(writer, &outgoing, &queued))?;
+        arrived
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(connection, Link { frames, stream: write });
         Ok(())
     });
     let cause = match joined {
@@ -160,7 +170,7 @@ fn serve(
             if events.send(Event::AgentJoined { connection, node }).is_err() {
                 return;
             }
-            match read_frames(connection, &stream, events) {
+            match read_frames(connection, stream, events) {
                 Some(cause) => cause,
                 None => return,
             }
@@ -172,12 +182,20 @@ fn serve(
 }
 
 /// Reads until the connection ends; `None` once nobody listens.
-fn read_frames(connection: ConnectionId, mut stream: &TcpStream, events: &SyncSender<Event>) -> Option<LostCause> {
+fn read_frames(
+    connection: ConnectionId,
+    mut stream: &TcpStream,
+    events: &SyncSender<Event>,
+) -> Option<LostCause> {
     let mut decoder = Decoder::<FromAgent>::new();
     let mut buffer = vec![0; 1 << 16];
     loop {
         match decoder.next_frame() {
-            Ok(Some((envelope, payload))) => events.send(Event::AgentMessage { connection, envelope: Box::new(envelope), payload }).ok()?,
+            Ok(Some((envelope, payload))) => {
+                events
+                    .send(Event::AgentMessage { connection, envelope: Box::new(envelope), payload })
+                    .ok()?;
+            }
             Ok(None) => match stream.read(&mut buffer) {
                 Ok(0) => return Some(LostCause::Closed),
                 Ok(read) => decoder.push(&buffer[..read]),

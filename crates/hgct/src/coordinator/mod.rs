@@ -40,8 +40,9 @@ impl Shell {
     /// Listens at `listen` and waits for agents. Ctrl-C and SIGTERM become stops; call
     /// [`block_signals`] before any thread starts.
     pub(crate) fn start(config: Config, token: Token, listen: SocketAddr) -> Result<Self> {
-        let listener = TcpListener::bind(listen)
-            .with_context(|| format!("cannot listen on {listen}: choose another port with --listen (0 lets the system choose)"))?;
+        let listener = TcpListener::bind(listen).with_context(|| {
+            format!("cannot listen on {listen}: choose another port with --listen (0 lets the system choose)")
+        })?;
         let address = listener.local_addr()?;
         let (events, inbox) = sync_channel(QUEUE);
         let (outbox, updates) = sync_channel(QUEUE);
@@ -123,11 +124,18 @@ impl Shell {
 pub(crate) struct Ended(pub(crate) Outcome);
 
 /// The machine's thread.
-fn drive(mut machine: Coordinator, inbox: &Receiver<Event>, updates: &SyncSender<Update>, mut connections: Connections) {
+fn drive(
+    mut machine: Coordinator,
+    inbox: &Receiver<Event>,
+    updates: &SyncSender<Update>,
+    mut connections: Connections,
+) {
     loop {
         while let Some(effect) = machine.poll_effect() {
             match effect {
-                Effect::Send { connection, envelope, payload } => connections.send(connection, &envelope, payload),
+                Effect::Send { connection, envelope, payload } => {
+                    connections.send(connection, &envelope, payload);
+                }
                 Effect::Close { connection, reason } => connections.close(connection, &reason),
                 Effect::Update(update) => {
                     // A driver that has left wants nothing more than the end of everything.

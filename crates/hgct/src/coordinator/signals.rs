@@ -11,7 +11,11 @@ pub(crate) fn block_signals() -> Result<()> {
     let set = signal_set();
     // SAFETY: the set is initialised, and no old mask is asked for.
     let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-    if failed == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(failed)).context("cannot block signals") }
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::from_raw_os_error(failed)).context("cannot block signals")
+    }
 }
 
 /// Turns each signal into a stop.
@@ -30,7 +34,11 @@ pub(super) fn forward(events: SyncSender<Event>) -> Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("hgct-signals".into()).spawn(wait).map(drop).context("cannot start a thread")
+    std::thread::Builder::new()
+        .name("hgct-signals".into())
+        .spawn(wait)
+        .map(drop)
+        .context("cannot start a thread")
 }
 
 /// Waits for the next of the signals that [`block_signals`] blocks.

@@ -81,7 +81,11 @@ impl Writer {
             return Ok(());
         }
         // The thread has ended: its last answer says why.
-        Err(self.done.iter().find_map(Result::err).unwrap_or_else(|| anyhow!("the checkpoint writer has ended")))
+        Err(self
+            .done
+            .iter()
+            .find_map(Result::err)
+            .unwrap_or_else(|| anyhow!("the checkpoint writer has ended")))
     }
 
     /// Checkpoints that were committed since the last call.
@@ -135,7 +139,9 @@ fn take(
     }
     let begun = *begun;
     let Some((writer, _)) = current.take() else { return Ok(None) };
-    let committed = writer.commit().with_context(|| format!("the checkpoint of step {} cannot be committed", piece.step))?;
+    let committed = writer
+        .commit()
+        .with_context(|| format!("the checkpoint of step {} cannot be committed", piece.step))?;
     let size_bytes = committed.manifest.shards.iter().map(|shard| shard.size_bytes).sum();
     Ok(Some(Done { step: piece.step, size_bytes, seconds: begun.elapsed().as_secs_f64() }))
 }

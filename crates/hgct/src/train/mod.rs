@@ -22,9 +22,10 @@ use hgct_core::timeline::Timeline;
 use hgct_planner::{Budget, Explanation, PlanInput, Planned};
 
 use self::checkpoints::{Head, Piece, Writer};
-use self::observer::Observer;
+use self::observer::{Memory, Observer};
 use crate::coordinator::Ended;
 use crate::job::{LoadedJob, PreparedData};
+use crate::report::summary::Times;
 use crate::session::{self, Session};
 use crate::stages::{Choices, Fleet};
 use crate::workspace::{Workspace, write_atomically};
@@ -112,6 +113,7 @@ const LOAD_DEADLINE: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     let begun = Instant::now();
+    let started_at = crate::date::now();
     let loaded = LoadedJob::read(&args.job)?.with_data(&args.data)?;
     let resumed = args.resume.as_deref().map(|name| Resume::find(workspace, name, &loaded)).transpose()?;
     let run = match (&resumed, &args.run) {
@@ -131,10 +133,21 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     let mut config = session_options(run, folder.clone(), &args.agents);
     config.warming = Duration::from_secs(args.warming);
     let mut session = Session::open(workspace, &config)?;
-    let mut driver = Driver { workspace, args, loaded, resumed, folder, begun, observer: None };
+    let mut driver = Driver {
+        workspace,
+        args,
+        loaded,
+        resumed,
+        folder,
+        begun,
+        started_at,
+        times: Times::default(),
+        observer: None,
+    };
     let result = driver.drive(&mut session, data);
+    let memory = Memory::of(&session);
     let outcome = session.close();
-    driver.conclude(result, outcome)
+    driver.conclude(result, outcome, memory)
 }
 
 /// Options of a session from the command line.
@@ -158,6 +171,8 @@ struct Driver<'a> {
     resumed: Option<Resume>,
     folder: PathBuf,
     begun: Instant,
+    started_at: String,
+    times: Times,
     observer: Option<Observer>,
 }
 
@@ -172,7 +187,9 @@ impl Driver<'_> {
             fresh: self.args.devices.fresh,
         };
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
+        let checking = Instant::now();
         fleet.check(session, self.workspace, &choices)?;
+        self.times.check = Some(checking.elapsed().as_secs_f64());
         let chosen = self.plan(session, &mut fleet, &choices)?;
         let plan = Arc::new(chosen.plan.clone());
         let data = data.join().map_err(|_| anyhow!("the thread that prepares data panicked"))??;
@@ -182,35 +199,45 @@ impl Driver<'_> {
             (meta.held_out.sha256.clone(), data.prepared.held_out_path()),
         ])?;
         let devices = used_devices(&fleet, &plan)?;
-        let idle: Vec<DeviceId> =
-            fleet.started.iter().filter(|id| !devices.iter().any(|device| device.id == **id)).cloned().collect();
+        let idle: Vec<DeviceId> = fleet
+            .started
+            .iter()
+            .filter(|id| !devices.iter().any(|device| device.id == **id))
+            .cloned()
+            .collect();
         session.stop_workers(&idle)?;
         fleet.started.retain(|id| !idle.contains(id));
         fleet.start(session, &devices)?;
         used_devices(&fleet, &plan)?;
         fleet.hold(session)?;
-        let mut observer = Observer::open(&self.folder, &self.loaded, &fleet, &chosen, &data, self.resumed.as_ref().map(Resume::step))?;
+        let resumed = self.resumed.as_ref().map(Resume::step);
+        let mut observer =
+            Observer::open(&self.folder, &session.run, &self.loaded, &fleet, &chosen, &data, resumed)?;
+        let training = Instant::now();
         let result = self.train(session, &plan, chosen.timeline.as_ref(), &data, &mut observer);
-        observer.memory(session);
+        self.times.train = Some(training.elapsed().as_secs_f64());
         self.observer = Some(observer);
         result
     }
 
     /// The plan that was given, or the planner's choice under the profile.
     fn plan(&mut self, session: &mut Session, fleet: &mut Fleet, choices: &Choices) -> Result<Chosen> {
-        let chosen = match &self.args.plan {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-                let plan = Plan::from_json(&path.to_string_lossy(), &text)?;
-                given_plan(plan, path, &self.loaded)?
-            }
-            None => {
-                let profile = fleet.profile(session, self.workspace, &self.loaded.job, &self.loaded.model, choices)?;
-                let Planned { plan, explanation, timeline } = make_plan(&self.loaded, &fleet.cluster, &profile)?;
-                write_document(&self.folder.join("profile.json"), &profile)?;
-                eprintln!("{explanation}");
-                Chosen { plan, explanation: Some(explanation), timeline: Some(timeline) }
-            }
+        let chosen = if let Some(path) = &self.args.plan {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let plan = Plan::from_json(&path.to_string_lossy(), &text)?;
+            given_plan(plan, path, &self.loaded)?
+        } else {
+            let profiling = Instant::now();
+            let profile =
+                fleet.profile(session, self.workspace, &self.loaded.job, &self.loaded.model, choices)?;
+            self.times.profile = Some(profiling.elapsed().as_secs_f64());
+            let planning = Instant::now();
+            let Planned { plan, explanation, timeline } = make_plan(&self.loaded, &fleet.cluster, &profile)?;
+            self.times.plan = Some(planning.elapsed().as_secs_f64());
+            write_document(&self.folder.join("profile.json"), &profile)?;
+            eprintln!("{explanation}");
+            Chosen { plan, explanation: Some(explanation), timeline: Some(timeline) }
         };
         // Written before the first step and never touched again.
         write_document(&self.folder.join("plan.json"), &chosen.plan)?;
@@ -235,13 +262,17 @@ impl Driver<'_> {
         let recipe = self.loaded.job.recipe.clone();
         let meta = &data.prepared.meta;
         let end_step = self.args.until.unwrap_or(recipe.steps).min(recipe.steps);
-        let step_deadline = plan.prediction.as_ref().map_or(STEP_DEADLINE, |p| STEP_DEADLINE.max(10 * Duration::from_nanos(p.step_ns)));
+        let step_deadline = plan
+            .prediction
+            .as_ref()
+            .map_or(STEP_DEADLINE, |p| STEP_DEADLINE.max(10 * Duration::from_nanos(p.step_ns)));
         session.shell.command(Command::Load(Box::new(LoadSpec {
             plan: (**plan).clone(),
             timeline: timeline.cloned(),
             recipe: recipe.clone(),
             train_tokens: meta.train.sha256.clone(),
-            held_out_tokens: (meta.held_out_tokens > u64::from(plan.seq_len)).then(|| meta.held_out.sha256.clone()),
+            held_out_tokens: (meta.held_out_tokens > u64::from(plan.seq_len))
+                .then(|| meta.held_out.sha256.clone()),
             options: WorkerOptions {
                 shared_memory: !self.args.no_shared_memory,
                 wire_delay_ns: self.args.wire_delay_ms * 1_000_000,
@@ -272,8 +303,13 @@ impl Driver<'_> {
                 keep: recipe.keep_checkpoints,
             },
         )?;
-        session.shell.command(Command::Start { step, num_updates, end_step, deadline_ns: LOAD_DEADLINE.as_nanos() as u64 })?;
-        let trained = self.follow(session, &writer, observer);
+        session.shell.command(Command::Start {
+            step,
+            num_updates,
+            end_step,
+            deadline_ns: LOAD_DEADLINE.as_nanos() as u64,
+        })?;
+        let trained = Self::follow(session, &writer, observer);
         // What was handed over is written out even when the run fails: it may complete a checkpoint.
         let last = writer.finish();
         for done in last.as_deref().unwrap_or_default() {
@@ -281,11 +317,11 @@ impl Driver<'_> {
         }
         trained?;
         last?;
-        self.generate(session, plan, data, observer)
+        Self::generate(session, plan, data, observer)
     }
 
     /// Hears the run until its last step.
-    fn follow(&self, session: &mut Session, writer: &Writer, observer: &mut Observer) -> Result<()> {
+    fn follow(session: &mut Session, writer: &Writer, observer: &mut Observer) -> Result<()> {
         loop {
             let update = session.shell.poll(Duration::from_millis(500))?;
             for done in writer.committed()? {
@@ -297,10 +333,14 @@ impl Driver<'_> {
             };
             session.note(&update);
             match update {
-                Update::StepCommitted { step, reports } => observer.step(step, &reports)?,
+                Update::StepCommitted { reports, .. } => observer.step(&reports)?,
                 Update::StepSkipped { step, in_a_row } => observer.skipped(step, in_a_row)?,
-                Update::Evaluated { step, loss_sum, num_tokens } => observer.evaluated(step, loss_sum, num_tokens)?,
-                Update::Spans { rank, step, clock, actions, transfers } => observer.spans(rank, step, clock, actions, transfers),
+                Update::Evaluated { step, loss_sum, num_tokens } => {
+                    observer.evaluated(step, loss_sum, num_tokens)?;
+                }
+                Update::Spans { rank, step, clock, actions, transfers } => {
+                    observer.spans(rank, step, clock, actions, transfers);
+                }
                 Update::ShardChunk { rank, step, num_updates, offset, entries, bytes } => {
                     writer.piece(Piece { rank, step, num_updates, offset, entries, bytes })?;
                 }
@@ -312,17 +352,33 @@ impl Driver<'_> {
     }
 
     /// A few lines that the model writes.
-    fn generate(&self, session: &mut Session, plan: &Plan, data: &PreparedData, observer: &mut Observer) -> Result<()> {
-        let Some(prompts) = observer.prompts(plan, data)? else { return Ok(()) };
+    fn generate(
+        session: &mut Session,
+        plan: &Plan,
+        data: &PreparedData,
+        observer: &mut Observer,
+    ) -> Result<()> {
+        let prompts = observer.prompts(data)?;
+        if prompts.is_empty() {
+            return Ok(());
+        }
         let length = prompts.first().map_or(0, Vec::len) as u32;
         let num_tokens = (plan.seq_len.saturating_sub(length)).min(48);
         let pipeline = &plan.pipelines[0];
-        let devices: Vec<DeviceId> =
-            pipeline.stages.iter().map(|stage| plan.ranks[plan.stage(*stage).rank().index()].device.clone()).collect();
+        let devices: Vec<DeviceId> = pipeline
+            .stages
+            .iter()
+            .map(|stage| plan.ranks[plan.stage(*stage).rank().index()].device.clone())
+            .collect();
         let head = devices.last().cloned();
         let requests = devices
             .into_iter()
-            .map(|device| (device, ToWorker::Generate { prompts: prompts.clone(), num_tokens, seed: 1, temperature: 0.8 }))
+            .map(|device| {
+                (
+                    device,
+                    ToWorker::Generate { prompts: prompts.clone(), num_tokens, seed: 1, temperature: 0.8 },
+                )
+            })
             .collect();
         session.shell.command(Command::Ask { requests, deadline_ns: 60_000_000_000 })?;
         let mut written = Vec::new();
@@ -336,46 +392,42 @@ impl Driver<'_> {
             Update::Answered { .. } => Some(()),
             _ => None,
         })?;
-        observer.generated(&written, data)
+        observer.generated(&prompts, &written, data)
     }
 
     /// Writes the report and says how it ended.
-    fn conclude(mut self, result: Result<()>, outcome: Result<Outcome>) -> Result<u8> {
-        let ended = match result {
-            Ok(()) => Ok(()),
-            Err(error) => match error.downcast::<Ended>() {
-                Ok(ended) => Err(Some(ended.0)),
-                Err(error) => {
-                    if let Some(observer) = &mut self.observer {
-                        observer.event(&format!("{error:#}"))?;
-                        observer.close(&self.folder, self.begun.elapsed())?;
-                    }
-                    return Err(error);
-                }
-            },
+    fn conclude(mut self, result: Result<()>, outcome: Result<Outcome>, memory: Memory) -> Result<u8> {
+        // A run that ended by itself comes as an error through the driver.
+        let result = match result.map_err(anyhow::Error::downcast::<Ended>) {
+            Ok(()) => Ok(outcome),
+            Err(Ok(Ended(outcome))) => Ok(Ok(outcome)),
+            Err(Err(error)) => Err(error),
         };
-        if let Some(observer) = &mut self.observer {
-            if let Err(Some(outcome)) = &ended {
-                observer.event(&outcome.to_string())?;
-            }
-            observer.close(&self.folder, self.begun.elapsed())?;
+        let failed = match &result {
+            Ok(Ok(Outcome::Completed | Outcome::Stopped { .. })) => None,
+            Ok(Ok(outcome)) => Some(outcome.to_string()),
+            Ok(Err(error)) | Err(error) => Some(format!("{error:#}")),
+        };
+        if let Some(mut observer) = self.observer.take() {
+            self.times.total = Some(self.begun.elapsed().as_secs_f64());
+            observer.close(memory, self.started_at.clone(), self.times.clone(), failed)?;
+            crate::report::write(&self.folder)?;
+            eprintln!("the report is in {}", self.folder.join("report.md").display());
         }
-        match ended {
-            Ok(()) => {
-                outcome?;
-                Ok(0)
-            }
-            Err(Some(Outcome::Completed | Outcome::Stopped { .. })) => Ok(0),
-            Err(Some(Outcome::Aborted { reason })) => {
+        match result?? {
+            Outcome::Completed | Outcome::Stopped { .. } => Ok(0),
+            Outcome::Aborted { reason } => {
                 eprintln!("hgct: stopped at once: {reason}");
                 Ok(130)
             }
-            Err(Some(failed)) => {
+            failed @ Outcome::Failed { .. } => {
                 eprintln!("hgct: the run failed: {failed}");
-                eprintln!("hgct: continue it with: hgct train {} --resume {}", self.args.job.display(), file_of(&self.folder));
+                let (job, run) = (self.args.job.display(), file_of(&self.folder));
+                eprintln!(
+                    "hgct: continue it from its newest checkpoint with: hgct train {job} --resume {run}"
+                );
                 Ok(1)
             }
-            Err(None) => Ok(1),
         }
     }
 }
@@ -391,19 +443,25 @@ pub(crate) struct Chosen {
 const TIMELINE_EVERY: u64 = 4;
 
 /// Plans a job on a fleet.
-pub(crate) fn make_plan(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &hgct_core::profile::Profile) -> Result<Planned> {
+pub(crate) fn make_plan(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &hgct_core::profile::Profile,
+) -> Result<Planned> {
     let input = PlanInput { job: &loaded.job, model: &loaded.model, cluster, profile };
     Ok(hgct_planner::plan(&input, &Budget::default())?)
 }
 
 /// A plan that a person gave, if it fits the job.
 fn given_plan(plan: Plan, path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
-    let fail = |what: &str| Err(anyhow!(hgct_core::Error::Value {
-        file: path.to_string_lossy().into_owned(),
-        key: what.into(),
-        found: "another one".into(),
-        allowed: format!("that of {}", loaded.path.display()),
-    }));
+    let fail = |what: &str| {
+        Err(anyhow!(hgct_core::Error::Value {
+            file: path.to_string_lossy().into_owned(),
+            key: what.into(),
+            found: "another one".into(),
+            allowed: format!("that of {}", loaded.path.display()),
+        }))
+    };
     if plan.model != loaded.model {
         return fail("model");
     }
@@ -415,10 +473,12 @@ fn given_plan(plan: Plan, path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
 
 /// The devices of a plan; an error for one that is gone.
 fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<hgct_core::cluster::DeviceSpec>> {
-    let find = |id: &DeviceId| match fleet.cluster.device(id) {
-        Some((_, device)) => Ok(device.clone()),
-        None => {
-            let reason = fleet.set_aside.iter().find(|(known, _)| known == id).map(|(_, reason)| reason.as_str());
+    let find = |id: &DeviceId| {
+        if let Some((_, device)) = fleet.cluster.device(id) {
+            Ok(device.clone())
+        } else {
+            let reason =
+                fleet.set_aside.iter().find(|(known, _)| known == id).map(|(_, reason)| reason.as_str());
             bail!("the plan needs {id}, which is not there: {}", reason.unwrap_or("no agent has it"))
         }
     };
@@ -446,13 +506,21 @@ impl Resume {
         let run = RunId::new(file_of(&folder))?;
         let newest = Checkpoints::open(folder.join("checkpoints")).newest_verified()?;
         for bad in &newest.bad {
-            eprintln!("hgct: the checkpoint of step {} is passed over: {}: {}", bad.step, bad.path.display(), bad.reason);
+            eprintln!(
+                "hgct: the checkpoint of step {} is passed over: {}: {}",
+                bad.step,
+                bad.path.display(),
+                bad.reason
+            );
         }
         let Some(checkpoint) = newest.checkpoint else {
             bail!(BadRun { run, reason: "has no checkpoint that verifies".into() });
         };
         if checkpoint.manifest().model != loaded.model {
-            bail!(BadRun { run, reason: format!("trained another model than that of {}", loaded.path.display()) });
+            bail!(BadRun {
+                run,
+                reason: format!("trained another model than that of {}", loaded.path.display())
+            });
         }
         if checkpoint.manifest().job != loaded.job.hash() {
             eprintln!("hgct: {} has changed since the checkpoint was written", loaded.path.display());
@@ -475,7 +543,12 @@ impl Resume {
                 .collect();
             for piece in self.checkpoint.read_slices(&wanted)? {
                 let piece = piece?;
-                session.shell.command(Command::State { rank: group.owner, slice: piece.slice, role: piece.role, bytes: piece.bytes })?;
+                session.shell.command(Command::State {
+                    rank: group.owner,
+                    slice: piece.slice,
+                    role: piece.role,
+                    bytes: piece.bytes,
+                })?;
             }
         }
         Ok(())

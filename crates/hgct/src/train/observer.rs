@@ -1,21 +1,24 @@
 //! What a run leaves behind while it goes on: metrics, events, a timeline, lines for people.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use hgct_control::coordinator::ClockOffset;
 use hgct_control::message::StepReport;
-use hgct_core::ids::Rank;
+use hgct_core::ids::{Rank, RunId};
 use hgct_core::plan::Plan;
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
+use hgct_data::TokenFile;
 use hgct_data::tokenizer::Tokenizer;
 
-use super::Chosen;
 use super::checkpoints::Done;
+use super::{Chosen, write_document};
+use crate::display::{Display, Progress};
 use crate::job::{LoadedJob, PreparedData};
+use crate::metrics::{CheckpointRow, EvaluationRow, Row, StepRow, Writer};
+use crate::report::summary::{CheckpointSummary, DataSummary, Ended, RunSummary, Sample, SetAside, Times};
 use crate::session::Session;
 use crate::stages::Fleet;
 
@@ -23,92 +26,130 @@ use crate::stages::Fleet;
 const KEEP_STEPS: usize = 3;
 
 pub(super) struct Observer {
-    metrics: std::fs::File,
+    folder: PathBuf,
     plan: Plan,
-    tokens_per_step: u64,
+    metrics: Writer,
+    display: Option<Display>,
+    summary: RunSummary,
     begun: Instant,
     spans: BTreeMap<u64, BTreeMap<Rank, RankTimeline>>,
-    folder: PathBuf,
 }
 
 impl Observer {
+    /// Opens the run's files; from now on the summary says what is known.
     pub(super) fn open(
         folder: &Path,
-        _loaded: &LoadedJob,
-        _fleet: &Fleet,
+        run: &RunId,
+        loaded: &LoadedJob,
+        fleet: &Fleet,
         chosen: &Chosen,
-        _data: &PreparedData,
-        _resumed: Option<u64>,
+        data: &PreparedData,
+        resumed: Option<u64>,
     ) -> Result<Self> {
-        let path = folder.join("metrics.jsonl");
-        let metrics = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self {
-            metrics,
-            plan: chosen.plan.clone(),
-            tokens_per_step: u64::from(chosen.plan.global_batch) * u64::from(chosen.plan.seq_len),
+        let plan = chosen.plan.clone();
+        let recipe = &loaded.job.recipe;
+        let mut summary = RunSummary::of_plan(run.clone(), &plan);
+        summary.job = Some(loaded.path.to_string_lossy().into_owned());
+        summary.steps = recipe.steps;
+        summary.model.name.clone_from(&loaded.job.name);
+        let meta = &data.prepared.meta;
+        summary.data = DataSummary {
+            name: Some(loaded.job.data.paths.join(", ")),
+            tokens: Some(meta.train_tokens),
+            held_out_tokens: Some(meta.held_out_tokens),
+            bigram_nats: data.baselines.as_ref().map(|baselines| baselines.bigram_nats),
+            unigram_nats: data.baselines.as_ref().map(|baselines| baselines.unigram_nats),
+        };
+        for device in &mut summary.devices {
+            if let Some((_, spec)) = fleet.cluster.device(&device.device) {
+                device.framework = format!("{} {}", spec.engine, spec.framework_version);
+            }
+        }
+        summary.alone_source = Some("the profile".into());
+        let set_aside = |(device, reason): &(hgct_core::ids::DeviceId, String)| SetAside {
+            device: device.to_string(),
+            reason: reason.clone(),
+        };
+        summary.set_aside = fleet.set_aside.iter().map(set_aside).collect();
+        summary.isolation_note = Some(fleet.isolation_note.clone()).filter(|note| !note.is_empty());
+        let mut this = Self {
+            folder: folder.to_owned(),
+            metrics: Writer::open(&folder.join("metrics.jsonl"))?,
+            display: Some(Display::stderr(Progress::new(run.as_str(), recipe.steps, resumed.unwrap_or(0)))),
+            plan,
+            summary,
             begun: Instant::now(),
             spans: BTreeMap::new(),
-            folder: folder.to_owned(),
-        })
+        };
+        if let Some(step) = resumed {
+            this.event(&format!("resumed after step {step}"))?;
+        }
+        Ok(this)
     }
 
-    fn row(&mut self, row: &serde_json::Value) -> Result<()> {
-        writeln!(self.metrics, "{row}").context("cannot write metrics.jsonl")
-    }
-
-    pub(super) fn step(&mut self, step: u64, reports: &[StepReport]) -> Result<()> {
-        let Some(first) = reports.first() else { return Ok(()) };
-        let seconds = reports.iter().map(|r| r.step_ns).max().unwrap_or(0) as f64 / 1e9;
-        let loss = first.loss_sum / first.num_tokens as f64;
-        let busy: Vec<f64> = reports.iter().map(|r| r.compute_ns as f64 / r.step_ns.max(1) as f64).collect();
-        eprintln!(
-            "step {step} loss {loss:.4} norm {:.3} {:.0} tokens/s busy {:?}",
-            first.grad_norm,
-            self.tokens_per_step as f64 / seconds,
-            busy.iter().map(|b| (b * 100.0).round()).collect::<Vec<_>>()
-        );
-        self.row(&serde_json::json!({"type": "step", "step": step, "loss": loss, "grad_norm": first.grad_norm,
-            "learning_rate": first.learning_rate, "step_seconds": seconds, "elapsed_seconds": self.begun.elapsed().as_secs_f64()}))
+    pub(super) fn step(&mut self, reports: &[StepReport]) -> Result<()> {
+        let Some(row) = StepRow::of(&self.plan, reports, self.begun.elapsed().as_secs_f64()) else {
+            return Ok(());
+        };
+        if let Some(display) = &mut self.display {
+            display.step(&row);
+        }
+        self.metrics.write(&Row::Step(row))
     }
 
     pub(super) fn skipped(&mut self, step: u64, in_a_row: u32) -> Result<()> {
-        self.event(&format!("step {step} was skipped on all ranks: loss or norm not finite ({in_a_row} in a row)"))
+        self.event(&format!("step {step} was skipped on all ranks: its loss or gradient norm is not finite ({in_a_row} in a row)"))
     }
 
-    pub(super) fn evaluated(&mut self, step: u64, loss_sum: f64, num_tokens: u64) -> Result<()> {
-        let loss = loss_sum / num_tokens as f64;
-        eprintln!("held-out loss after {step} steps: {loss:.4}");
-        self.row(&serde_json::json!({"type": "evaluation", "step": step, "loss": loss, "tokens": num_tokens}))
+    pub(super) fn evaluated(&mut self, step: u64, loss_sum: f64, tokens: u64) -> Result<()> {
+        let loss = loss_sum / tokens as f64;
+        if let Some(display) = &mut self.display {
+            display.evaluated(loss);
+        }
+        self.metrics.write(&Row::Evaluation(EvaluationRow { step, loss, tokens }))
     }
 
     pub(super) fn checkpoint(&mut self, done: &Done) -> Result<()> {
-        eprintln!("checkpoint of step {} in {:.2} s", done.step, done.seconds);
-        self.row(&serde_json::json!({"type": "checkpoint", "step": done.step, "bytes": done.size_bytes, "seconds": done.seconds}))
+        let path = self.folder.join("checkpoints").join(format!("step-{:08}", done.step));
+        self.summary.checkpoint =
+            Some(CheckpointSummary { path: path.to_string_lossy().into_owned(), step: done.step });
+        self.metrics.write(&Row::Checkpoint(CheckpointRow {
+            step: done.step,
+            bytes: done.size_bytes,
+            seconds: done.seconds,
+        }))
     }
 
     pub(super) fn event(&mut self, text: &str) -> Result<()> {
-        eprintln!("{text}");
-        self.row(&serde_json::json!({"type": "event", "text": text}))
+        match &mut self.display {
+            Some(display) => display.message(text),
+            None => eprintln!("{text}"),
+        }
+        self.summary.events.push(text.to_owned());
+        self.metrics.write(&Row::Event { text: text.to_owned() })
     }
 
-    pub(super) fn spans(&mut self, rank: Rank, step: u64, clock: ClockOffset, actions: Vec<ActionSpan>, transfers: Vec<TransferSpan>) {
-        let device = self.plan.ranks[rank.index()].device.clone();
-        let shift = |ns: u64| ns.saturating_add_signed(clock.offset_ns);
-        let actions = actions
-            .into_iter()
-            .map(|span| ActionSpan { start_ns: shift(span.start_ns), end_ns: shift(span.end_ns), ..span })
-            .collect();
-        let transfers = transfers
-            .into_iter()
-            .map(|span| TransferSpan { start_ns: shift(span.start_ns), end_ns: shift(span.end_ns), ..span })
-            .collect();
+    /// A rank's spans, moved into the coordinator's time.
+    pub(super) fn spans(
+        &mut self,
+        rank: Rank,
+        step: u64,
+        clock: ClockOffset,
+        mut actions: Vec<ActionSpan>,
+        mut transfers: Vec<TransferSpan>,
+    ) {
+        let shift = |ns: &mut u64| *ns = ns.saturating_add_signed(clock.offset_ns);
+        for span in &mut actions {
+            shift(&mut span.start_ns);
+            shift(&mut span.end_ns);
+        }
+        for span in &mut transfers {
+            shift(&mut span.start_ns);
+            shift(&mut span.end_ns);
+        }
         let timeline = RankTimeline {
             rank,
-            device,
+            device: self.plan.ranks[rank.index()].device.clone(),
             clock_offset_ns: clock.offset_ns,
             clock_uncertainty_ns: clock.uncertainty_ns,
             actions,
@@ -120,37 +161,97 @@ impl Observer {
         }
     }
 
-    pub(super) fn tick(&mut self) {}
+    pub(super) fn tick(&mut self) {
+        if let Some(display) = &mut self.display {
+            display.tick();
+        }
+    }
 
     pub(super) fn finished(&mut self, step: u64, stopped: bool) -> Result<()> {
+        self.summary.ended = if stopped { Ended::Stopped } else { Ended::Trained };
+        if let Some(display) = self.display.take() {
+            display.finish();
+        }
         self.event(&format!("{} after {step} steps", if stopped { "stopped" } else { "trained" }))
     }
 
-    /// Prompts from the held-out text, of equal length.
-    pub(super) fn prompts(&self, plan: &Plan, data: &PreparedData) -> Result<Option<Vec<Vec<u32>>>> {
-        let held_out = hgct_data::TokenFile::open(&data.prepared.held_out_path())?;
+    /// Beginnings of held-out samples, of equal length.
+    pub(super) fn prompts(&self, data: &PreparedData) -> Result<Vec<Vec<u32>>> {
+        let plan = &self.plan;
+        let held_out = TokenFile::open(&data.prepared.held_out_path())?;
         let length = (plan.seq_len / 4).clamp(1, 24);
-        let Ok(samples) = held_out.samples(plan.seq_len) else { return Ok(None) };
+        let Ok(samples) = held_out.samples(plan.seq_len) else { return Ok(Vec::new()) };
         let count = u64::from(plan.pipelines[0].micro_batch).min(3).min(samples.len());
         let take = |index: u64| Ok(samples.get(index * samples.len() / count)?.0[..length as usize].to_vec());
-        (0..count).map(take).collect::<Result<Vec<_>>>().map(Some)
+        (0..count).map(take).collect()
     }
 
-    pub(super) fn generated(&mut self, sequences: &[Vec<u32>], data: &PreparedData) -> Result<()> {
+    pub(super) fn generated(
+        &mut self,
+        prompts: &[Vec<u32>],
+        sequences: &[Vec<u32>],
+        data: &PreparedData,
+    ) -> Result<()> {
         let tokenizer = Tokenizer::open(&data.prepared.tokenizer_path(), None)?;
-        for sequence in sequences {
-            eprintln!("the model writes: {}", tokenizer.decode(sequence)?);
+        for (prompt, sequence) in prompts.iter().zip(sequences) {
+            self.summary.samples.push(Sample {
+                prompt: tokenizer.decode(prompt)?,
+                text: tokenizer.decode(&sequence[prompt.len().min(sequence.len())..])?,
+            });
         }
         Ok(())
     }
 
-    pub(super) fn memory(&mut self, _session: &Session) {}
+    /// Writes what the report is made of. `failed`: why the run did not end as it should.
+    pub(super) fn close(
+        &mut self,
+        session_memory: Memory,
+        started_at: String,
+        times: Times,
+        failed: Option<String>,
+    ) -> Result<()> {
+        self.summary.started_at = Some(started_at);
+        if let Some(display) = self.display.take() {
+            display.finish();
+        }
+        if let Some(cause) = failed {
+            self.event(&cause)?;
+            self.summary.ended = Ended::Failed { cause };
+        }
+        self.summary.times = times;
+        self.summary.memory.agents = session_memory.agents;
+        self.summary.memory.coordinator_bytes = session_memory.coordinator_bytes;
+        write_document(&self.folder.join("summary.json"), &self.summary)?;
+        let num_ranks = self.plan.ranks.len();
+        let complete =
+            self.spans.iter().rev().find(|(_, ranks)| ranks.len() == num_ranks).map(|(step, _)| *step);
+        if let Some(step) = complete {
+            let ranks = self.spans.remove(&step).unwrap_or_default().into_values().collect();
+            let timeline = Timeline {
+                format: Timeline::FORMAT,
+                source: TimelineSource::Measured,
+                first_step: step,
+                ranks,
+            };
+            write_document(&self.folder.join("timeline.json"), &timeline)?;
+        }
+        Ok(())
+    }
+}
 
-    pub(super) fn close(&mut self, _folder: &Path, _total: Duration) -> Result<()> {
-        let steps: Vec<u64> = self.spans.iter().filter(|(_, ranks)| ranks.len() == self.plan.ranks.len()).map(|(s, _)| *s).collect();
-        let Some(step) = steps.last().copied() else { return Ok(()) };
-        let ranks = self.spans.remove(&step).unwrap_or_default().into_values().collect();
-        let timeline = Timeline { format: Timeline::FORMAT, source: TimelineSource::Measured, first_step: step, ranks };
-        super::write_document(&self.folder.join("timeline.json"), &timeline)
+/// Peak memory of coordinator and agents, bytes.
+#[derive(Default)]
+pub(super) struct Memory {
+    agents: BTreeMap<hgct_core::ids::NodeId, u64>,
+    coordinator_bytes: Option<u64>,
+}
+
+impl Memory {
+    pub(super) fn of(session: &Session) -> Self {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let peak = status.lines().find_map(|line| {
+            line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        });
+        Self { agents: session.agent_memory.clone(), coordinator_bytes: peak.map(|kib| kib * 1024) }
     }
 }
