@@ -419,6 +419,8 @@ fn start_agent(workspace: &Workspace, session: &Session, token_file: &Path) -> R
         .arg("agent")
         .args(["--join", &session.shell.address().to_string(), "--name", LOCAL, "--token-file"])
         .arg(token_file)
+        // Workers of other hosts reach this host's where its agents reach the coordinator.
+        .args(["--listen", &session.shell.address().ip().to_string()])
         .arg("--dir")
         .arg(workspace.root())
         .stdin(Stdio::null())
