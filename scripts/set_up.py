@@ -158,28 +158,33 @@ def build() -> Path:
     if free < BUILD_BYTES and not (target_folder() / "release" / "hgct").exists():
         raise Failure(f"building needs {BUILD_BYTES / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB is left under {ROOT}")
     python = venv("wheel", "build", 10)
-    first = not (target_folder() / "release" / "hgct").exists()
-    say("command", f"cargo build --release ({'about 200 s' if first else 'what changed'})")
-    # Both packages at once: alone, each would choose other features of common dependencies and
-    # compile them again. The interpreter is named as maturin names it, for the same reason.
-    cargo("command", ["build", "--release", "--locked", "-p", "hgct", "-p", "hgct-py"], python)
-    return build_wheel(python)
+    wheel = build_wheel(python)
+    build_command(python)
+    return wheel
 
 
-def cargo(step: str, arguments: list[str], python: Path) -> None:
+def build_command(python: Path) -> None:
     begin = time.monotonic()
-    counter = Counter(step)
+    counter = Counter("command")
+    # With the wheel's package in the same call and maturin's variables: otherwise cargo would choose
+    # other features of common dependencies, and compile those again.
     variables = {
         **os.environ,
-        "CARGO_TERM_COLOR": "never",
+        "PYO3_BUILD_EXTENSION_MODULE": "1",
         "PYO3_PYTHON": str(python),
         "PYO3_ENVIRONMENT_SIGNATURE": f"cpython-{sys.version_info[0]}.{sys.version_info[1]}-64bit",
+        "PYTHON_SYS_EXECUTABLE": str(python),
     }
-    code = run(["cargo", *arguments], counter.line, variables)
-    if code != 0:
-        raise Failure(f"`cargo {' '.join(arguments)}` failed: {explain(counter.kept)}")
+    configurations = list((target_folder() / "maturin").glob("pyo3-config-*.txt"))
+    if len(configurations) == 1:
+        variables["PYO3_CONFIG_FILE"] = str(configurations[0])
+    if not (target_folder() / "release" / "hgct").exists():
+        say("command", "cargo build --release -p hgct (about 60 s)")
+    call = ["cargo", "build", "--release", "--locked", "-p", "hgct", "-p", "hgct-py"]
+    if run(call, counter.line, variables) != 0:
+        raise Failure(f"`{' '.join(call)}` failed: {explain(counter.kept)}")
     if counter.compiled:
-        say(step, f"{counter.compiled} crates compiled in {time.monotonic() - begin:.0f} s")
+        say("command", f"{counter.compiled} crates compiled in {time.monotonic() - begin:.0f} s")
 
 
 class Counter:
@@ -220,7 +225,8 @@ def build_wheel(python: Path) -> Path:
     wanted = sources_hash()
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.monotonic()
-    say("wheel", "maturin build --release (about 15 s)")
+    first = not (target_folder() / "release" / "deps").exists()
+    say("wheel", f"maturin build --release (about {120 if first else 25} s)")
     counter = Counter("wheel")
     call = [python, "-m", "maturin", "build", "--release", "--locked", "--interpreter", python, "--out", folder]
     if run(call, counter.line) != 0:
