@@ -235,9 +235,8 @@ fn devices(out: &mut String, report: &Report, inputs: &Inputs) {
         (Some(source), true, _) => {
             let _ = write!(out, " Alone: {}.", inline(source));
         }
-        (_, false, Some(_)) => out.push_str(
-            " Alone: from the profile's layers and update at the device's best micro-batch size, measured while all kinds ran.",
-        ),
+        (_, false, Some(_)) => out
+            .push_str(" Alone: from the profile's layers and update at the device's best micro-batch size."),
         _ => {}
     }
     let how = match report.isolation {
@@ -280,7 +279,8 @@ fn step_time(out: &mut String, report: &Report) {
         writeln!(out, "| error of the prediction | {} |", or_dash(steps.prediction_error, signed_percent));
     let _ = writeln!(out, "| no plan of these devices takes less than | {} |\n", time(steps.bound_seconds));
     if let Some(limit) = &steps.limited_by {
-        let _ = writeln!(out, "The planner expected the step to be limited by {}.\n", inline(limit));
+        let _ =
+            writeln!(out, "The planner expected the step to be limited by `{}`.\n", limit.replace('`', "'"));
     }
 }
 
@@ -310,7 +310,8 @@ fn time_by_device(out: &mut String, report: &Report) {
     }
     out.push_str(
         "\nExchange: reduce, update and gather. Exposed: other communication that no compute hides, a send, or a wait with \
-         a transfer pending. Waiting: for others, with nothing under way. Unexplained: gaps with none of these.\n\n",
+         a transfer pending. Waiting: for others, with nothing under way, in the exchange too. Unexplained: gaps with none \
+         of these.\n\n",
     );
 }
 

@@ -23,7 +23,7 @@ mod timeline_picture;
 mod trace;
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use hgct_core::canonical;
@@ -68,8 +68,6 @@ pub(crate) struct Written {
     pub(crate) markdown: String,
     /// Its figures.
     pub(crate) report: Report,
-    /// Its file.
-    pub(crate) path: PathBuf,
 }
 
 /// Writes `report.md`, `loss.svg`, `timeline.svg` and `trace.json` into a run's folder, each whole
@@ -91,7 +89,7 @@ pub(crate) fn write(folder: &Path) -> Result<Written> {
             write_atomically(&folder.join(name), text.as_bytes(), 0o644)?;
         }
     }
-    Ok(Written { markdown, report, path: folder.join("report.md") })
+    Ok(Written { markdown, report })
 }
 
 /// All that a report is made from.

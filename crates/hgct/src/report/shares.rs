@@ -1,7 +1,7 @@
 //! Where a rank's time went: every nanosecond of a step in exactly one share.
 
 use hgct_core::schedule::Operation;
-use hgct_core::timeline::RankTimeline;
+use hgct_core::timeline::{ActionSpan, RankTimeline};
 use serde::{Deserialize, Serialize};
 
 /// Parts of one rank's step, nanoseconds; they sum to the window that was asked for.
@@ -9,13 +9,14 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Shares {
     /// In forward and backward.
     pub(crate) compute_ns: u64,
-    /// In reduce, update and gather.
+    /// In reduce, update and gather, but for what of them is waiting.
     pub(crate) exchange_ns: u64,
     /// Communication that nothing hides, outside of the exchange: in a send, or in a wait or gap
     /// while a transfer of this rank was pending.
     pub(crate) exposed_ns: u64,
-    /// For others: in a receive before anything came, before the rank's first action of the step
-    /// or after its last.
+    /// For others: in a receive before anything came, in reduce, update and gather while nothing
+    /// was under way and something was yet to come, before the rank's first action of the step or
+    /// after its last.
     pub(crate) waiting_ns: u64,
     /// In gaps between actions with no transfer pending.
     pub(crate) unexplained_ns: u64,
@@ -38,7 +39,11 @@ impl Shares {
             }
         };
         for span in &rank.actions {
-            add(Doing::of(span.action.operation), span.start_ns, span.end_ns);
+            let doing = Doing::of(span.action.operation);
+            add(doing, span.start_ns, span.end_ns);
+            if matches!(doing, Doing::Exchange) {
+                add(Doing::Await, span.start_ns, awaited_until(rank, span));
+            }
         }
         for span in &rank.transfers {
             add(Doing::Transfer, span.start_ns, span.end_ns);
@@ -67,7 +72,11 @@ impl Shares {
         if is(Doing::Compute) {
             &mut self.compute_ns
         } else if is(Doing::Exchange) {
-            &mut self.exchange_ns
+            if is(Doing::Await) && !is(Doing::Transfer) {
+                &mut self.waiting_ns
+            } else {
+                &mut self.exchange_ns
+            }
         } else if is(Doing::Transfer) || is(Doing::Send) {
             &mut self.exposed_ns
         } else if is(Doing::Receive) || is(Doing::Outside) {
@@ -78,11 +87,20 @@ impl Shares {
     }
 }
 
+/// Until when an action of the exchange had something to wait for: the last of what it took in
+/// began to come then. Its start where it took in nothing.
+pub(super) fn awaited_until(rank: &RankTimeline, span: &ActionSpan) -> u64 {
+    let incoming = rank.transfers.iter().filter(|transfer| !transfer.outgoing);
+    let inside = incoming.map(|t| t.start_ns).filter(|at| (span.start_ns..span.end_ns).contains(at));
+    inside.max().unwrap_or(span.start_ns)
+}
+
 /// What a rank can be at.
 #[derive(Debug, Clone, Copy)]
 enum Doing {
     Compute,
     Exchange,
+    Await,
     Send,
     Receive,
     Transfer,
@@ -90,7 +108,7 @@ enum Doing {
 }
 
 impl Doing {
-    const COUNT: usize = 6;
+    const COUNT: usize = 7;
 
     fn of(operation: Operation) -> Self {
         match operation {
@@ -106,7 +124,7 @@ impl Doing {
 mod tests {
     use super::*;
     use hgct_core::ids::{DeviceId, Rank};
-    use hgct_core::timeline::{ActionSpan, TransferSpan};
+    use hgct_core::timeline::TransferSpan;
     use proptest::prelude::*;
 
     fn rank(actions: &[(&str, u64, u64)], transfers: &[(u64, u64)]) -> RankTimeline {
@@ -161,6 +179,18 @@ mod tests {
             unexplained_ns: 3,
         };
         assert_eq!(shares, expected);
+    }
+
+    #[test]
+    fn an_exchange_waits_until_the_last_of_what_it_takes_in_begins_to_come() {
+        let mut rank =
+            rank(&[("0UPDATE", 0, 50), ("0GATHER", 50, 70)], &[(5, 10), (30, 34), (40, 44), (50, 55)]);
+        for incoming in [0, 1, 3] {
+            rank.transfers[incoming].outgoing = false;
+        }
+        // The update works while a transfer is under way and from the last incoming one on.
+        let expected = Shares { waiting_ns: 5 + 20, exchange_ns: 5 + 20 + 20, ..Shares::default() };
+        assert_eq!(Shares::of(&rank, 0, 70), expected);
     }
 
     #[test]

@@ -9,12 +9,12 @@ text{font:12px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-seri
 .grid{stroke:#e6e9ef;stroke-width:1}.axis{stroke:#b4bbc8;stroke-width:1}.lane{fill:#eef0f4}
 .line{fill:none;stroke-linejoin:round;stroke-linecap:round}.dash{stroke-dasharray:5 4}
 .s1{stroke:#2563c9}.s2{stroke:#d2570b}.s3{stroke:#7a8394}.f1{fill:#2563c9}.f2{fill:#d2570b}.f3{fill:#5e6778}
-.F{fill:#4c8bf0}.B{fill:#1f4fa3}.X{fill:#e2902a}.T{fill:#2e9e78}
+.F{fill:#4c8bf0}.B{fill:#1f4fa3}.X{fill:#e2902a}.Y{fill:#f6dcb5}.T{fill:#2e9e78}
 @media (prefers-color-scheme:dark){
 text{fill:#dfe4ee}.bg{fill:#12161d}.soft{fill:#98a2b5}
 .grid{stroke:#262d39}.axis{stroke:#4a5366}.lane{fill:#1f2631}
 .s1{stroke:#6ea8ff}.s2{stroke:#ff9a52}.s3{stroke:#8d97aa}.f1{fill:#6ea8ff}.f2{fill:#ff9a52}.f3{fill:#a4aec0}
-.F{fill:#7db1ff}.B{fill:#3f76d8}.X{fill:#f0a94a}.T{fill:#46c89b}
+.F{fill:#7db1ff}.B{fill:#3f76d8}.X{fill:#f0a94a}.Y{fill:#5e4727}.T{fill:#46c89b}
 }";
 
 /// A picture with its words for those who do not see it.

@@ -28,12 +28,13 @@ pub(super) fn short_count(value: u64) -> String {
     }
 }
 
-/// `118 s`, `1.25 s`, `42.1 ms`.
+/// `118 s`, `1.25 s`, `384 ms`, `42.1 ms`.
 pub(super) fn seconds(value: f64) -> String {
     match value {
         v if v >= 100.0 => format!("{v:.0} s"),
         v if v >= 10.0 => format!("{v:.1} s"),
         v if v >= 1.0 => format!("{v:.2} s"),
+        v if v >= 0.1 => format!("{:.0} ms", v * 1e3),
         v => format!("{:.1} ms", v * 1e3),
     }
 }

@@ -3,9 +3,10 @@
 use std::fmt::Write as _;
 
 use hgct_core::schedule::Operation;
-use hgct_core::timeline::{RankTimeline, Timeline};
+use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline};
 
 use super::facts::only_step;
+use super::shares::awaited_until;
 use super::svg::{line, number, picture, rect, text, ticks};
 use super::text::seconds;
 use super::{Inputs, steady_step};
@@ -95,12 +96,20 @@ impl Panel {
             rect(body, "lane", LEFT, y, end - LEFT, COMPUTE);
             rect(body, "lane", LEFT, y + COMPUTE + 3.0, end - LEFT, WIRE);
             for class in ["F", "B", "X"] {
-                let of_class =
-                    |span: &&hgct_core::timeline::ActionSpan| class_of(span.action.operation) == Some(class);
-                let spans =
-                    rank.actions.iter().filter(of_class).map(|span| (span.start_ns, span.end_ns)).collect();
-                self.boxes(body, class, spans, (y, COMPUTE), longest, false);
+                let of_class = |span: &&ActionSpan| class_of(span.action.operation) == Some(class);
+                let spans = rank.actions.iter().filter(of_class).map(|span| (span.start_ns, span.end_ns));
+                self.boxes(body, class, spans.collect(), (y, COMPUTE), longest, false);
             }
+            let exchange = rank.actions.iter().filter(|span| class_of(span.action.operation) == Some("X"));
+            let waits = exchange.map(|span| (span.start_ns, awaited_until(rank, span)));
+            self.boxes(
+                body,
+                "Y",
+                waits.filter(|(start, end)| start < end).collect(),
+                (y, COMPUTE),
+                longest,
+                false,
+            );
             let transfers = rank.transfers.iter().map(|span| (span.start_ns, span.end_ns)).collect();
             self.boxes(body, "T", transfers, (y + COMPUTE + 3.0, WIRE), longest, true);
         }
@@ -163,10 +172,11 @@ fn class_of(operation: Operation) -> Option<&'static str> {
 fn legend(body: &mut String) {
     let mut at = LEFT;
     for (class, name, width) in [
-        ("F", "forward", 76.0),
-        ("B", "backward", 86.0),
-        ("X", "reduce, update, gather", 164.0),
-        ("T", "transfer", 76.0),
+        ("F", "forward", 66.0),
+        ("B", "backward", 76.0),
+        ("X", "reduce, update, gather", 154.0),
+        ("Y", "waiting in these", 110.0),
+        ("T", "transfer", 66.0),
         ("lane", "waiting", 70.0),
     ] {
         rect(body, class, at, 16.0, 12.0, 12.0);
