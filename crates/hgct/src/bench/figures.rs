@@ -1,6 +1,7 @@
 //! Medians, spreads, and the documents of the training benchmark.
 
 use hgct_core::ids::Kind;
+use hgct_core::plan::Plan;
 use serde::Serialize;
 
 /// Median and spread of repeated measurements.
@@ -164,4 +165,18 @@ impl std::fmt::Display for TrainingBench {
         }
         write!(f, "again: {}", self.command)
     }
+}
+
+/// The share of a step's model flops that each rank computes.
+pub(super) fn flop_shares(plan: &Plan) -> Vec<f64> {
+    let mut flops = vec![0.0; plan.ranks.len()];
+    for pipeline in &plan.pipelines {
+        for stage in &pipeline.stages {
+            let stage = plan.stage(*stage);
+            flops[stage.rank().index()] +=
+                pipeline.num_samples() as f64 * plan.model.train_flops(stage.layers(), plan.seq_len);
+        }
+    }
+    let sum: f64 = flops.iter().sum();
+    flops.into_iter().map(|part| part / sum).collect()
 }

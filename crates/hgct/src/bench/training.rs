@@ -22,7 +22,7 @@ use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
 use hgct_core::profile::Profile;
 use hgct_planner::{Budget, PlanInput, Planned, simulate_free_communication};
 
-use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench};
+use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench, flop_shares};
 use super::plain::PlainLoop;
 use crate::job::{LoadedJob, PreparedData};
 use crate::session::{Session, with_grants};
@@ -560,20 +560,6 @@ fn figures(
         plans,
         rows,
     })
-}
-
-/// The share of a step's model flops that each rank computes.
-fn flop_shares(plan: &Plan) -> Vec<f64> {
-    let mut flops = vec![0.0; plan.ranks.len()];
-    for pipeline in &plan.pipelines {
-        for stage in &pipeline.stages {
-            let stage = plan.stage(*stage);
-            flops[stage.rank().index()] +=
-                pipeline.num_samples() as f64 * plan.model.train_flops(stage.layers(), plan.seq_len);
-        }
-    }
-    let sum: f64 = flops.iter().sum();
-    flops.into_iter().map(|part| part / sum).collect()
 }
 
 /// Where a step of a plan falls short of the kinds' summed speed, as shares of the step.
