@@ -62,7 +62,7 @@ fn watching(step_ns: Option<u64>) -> Detector {
 
 /// A beat at `now_ns` that says: in this action for so long. The worker's clock is another one.
 fn beat(detector: &mut Detector, now_ns: u64, index: u32, step: u64, action: Option<&str>, for_ns: u64) {
-    let clock_ns = 77 * SECOND_NS + now_ns;
+    let clock_ns = 777 * SECOND_NS + now_ns;
     let beat = WorkerBeat {
         now_ns: clock_ns,
         step,
