@@ -1,4 +1,5 @@
 //! Ranks in threads over loopback, each with the reference engine: any plan learns the same.
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it must be")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +19,9 @@ use hgct_worker::train::{Progress, StepOutcome, Trainer, TrainerOptions};
 
 const SEQ_LEN: u32 = 16;
 const GLOBAL_BATCH: u32 = 12;
+
+/// A pipeline: its micro-batch size and count, and the layers of each stage.
+type Pipeline<'a> = (u32, u32, &'a [(u32, u32)]);
 
 fn model(tied: bool) -> ModelSpec {
     let text = format!(
@@ -65,7 +69,7 @@ fn rank(index: usize) -> PlanRank {
 }
 
 /// One pipeline a row: micro-batch, micro-batches, and (rank, number of layers).
-fn plan(model: &ModelSpec, ranks: usize, pipelines: &[(u32, u32, &[(u32, u32)])], weights: &[f64]) -> Plan {
+fn plan(model: &ModelSpec, ranks: usize, pipelines: &[Pipeline<'_>], weights: &[f64]) -> Plan {
     let mut builder = PlanBuilder::new(model.clone(), SEQ_LEN, GLOBAL_BATCH).ranks((0..ranks).map(rank));
     for (micro_batch, number, stages) in pipelines {
         let stages: Vec<(Rank, u32)> = stages.iter().map(|(rank, layers)| (Rank(*rank), *layers)).collect();
@@ -112,7 +116,7 @@ fn train(plan: &Plan, tokens: &Path, start: u64, end: u64, state: &State) -> (Ve
                 key: RunKey::derive(b"the token of this test", &run),
                 listener: &listeners[me],
                 deadline: Deadline::after(Duration::from_secs(10)),
-                shared_memory: me % 2 == 0,
+                shared_memory: me.is_multiple_of(2),
                 test_delay_ns: 0,
                 tuning: Tuning::default(),
             };
@@ -193,7 +197,7 @@ fn the_choice_of_owner_changes_no_bit() {
     let tokens = folder.path().join("tokens");
     write_tokens(&tokens);
     let model = model(true);
-    let shape: &[(u32, u32, &[(u32, u32)])] = &[(2, 3, &[(0, 2), (1, 3)]), (3, 2, &[(2, 5)])];
+    let shape: &[Pipeline<'_>] = &[(2, 3, &[(0, 2), (1, 3)]), (3, 2, &[(2, 5)])];
     let norms = |weights: &[f64]| -> Vec<(u64, u64)> {
         let (outcomes, ..) = train(&plan(&model, 3, shape, weights), &tokens, 0, 8, &vec![]);
         outcomes.iter().map(|o| (o.loss_sum.to_bits(), o.grad_norm.to_bits())).collect()
