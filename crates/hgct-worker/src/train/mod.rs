@@ -2,9 +2,9 @@
 //!
 //! The flow of a step: forward and backward actions move micro-batches along the pipelines; in the
 //! last backward of a stage every layer's gradients go to their update owners while earlier layers
-//! still compute ([`exchange`]); the owner adds the contributions in the plan's order, all ranks
+//! still compute (`exchange.rs`); the owner adds the contributions in the plan's order, all ranks
 //! agree on loss, norm and whether the step counts in one collective, the owner updates
-//! ([`owned`]), and the parameters come back.
+//! (`owned.rs`), and the parameters come back.
 
 mod exchange;
 mod generate;

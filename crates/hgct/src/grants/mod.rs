@@ -1,6 +1,6 @@
 //! How much of a shared host each device gets, and how a worker is held to it.
 //!
-//! [`assign`] writes grants into the cluster document by policy, before anything is measured;
+//! [`assign()`] writes grants into the cluster document by policy, before anything is measured;
 //! [`Holder`] keeps a worker's threads to one by control groups, [`pin`] to its cores.
 
 mod assign;
