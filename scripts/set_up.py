@@ -134,7 +134,7 @@ def venv(step: str, name: str, expect_seconds: int, beside: Path | None = None) 
     call = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "-r", requirements]
     installed = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     if installed.returncode != 0:
-        raise Failure(f"pip cannot install {requirements.name}: {last_lines(installed.stderr)}")
+        raise Failure(f"pip cannot install {requirements.name} (is there a network?): {last_lines(installed.stderr)}")
     stamp_file.write_text(wanted)
     return python
 
