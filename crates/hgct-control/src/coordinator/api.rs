@@ -100,6 +100,9 @@ pub enum Event {
     },
     /// Time passed: [`super::Coordinator::poll_timeout`] is over.
     Tick,
+    /// Time passed in which the shell took no frames, since its driver is behind: whoever was silent
+    /// since the last event may have spoken.
+    Behind,
 }
 
 /// What the driver may want. One that does not fit the phase is answered with

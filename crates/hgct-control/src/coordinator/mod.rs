@@ -11,6 +11,9 @@
 //!    or with [`Event::Tick`] when the time is over. Go to 2.
 //! 4. After [`Update::Ended`] nothing more comes: leave.
 //!
+//! The thread never waits for the driver: heartbeats would stop. A shell whose driver is behind
+//! leaves frames where they are and says [`Event::Behind`] in place of a tick.
+//!
 //! `now` is a monotonic clock in nanoseconds. A listener runs [`crate::auth::Handshake`] on each
 //! connection with a deadline of its own, gives it a number and sends [`Event::AgentJoined`], then
 //! an [`Event::AgentMessage`] for each frame, last [`Event::AgentLost`]. The driver is whoever sends
@@ -154,7 +157,7 @@ impl Coordinator {
         let gap_ns = now_ns - self.last_ns;
         self.last_ns = now_ns;
         // Ticks come at least every heartbeat; a longer gap is this process's own.
-        if gap_ns > self.config.limits.suspect_ns {
+        if gap_ns > self.config.limits.suspect_ns || event == Event::Behind {
             self.detector.forgive(gap_ns);
         }
         match event {
@@ -168,7 +171,7 @@ impl Coordinator {
                 }
             }
             Event::Command { command } => self.command(now_ns, *command),
-            Event::Tick => {}
+            Event::Tick | Event::Behind => {}
         }
         self.advance(now_ns);
     }

@@ -103,8 +103,13 @@ impl World {
                 }
                 self.coordinator.take().is_some_and(|machine| machine.phase() != Phase::Ended)
             }
-            FaultKind::PauseCoordinator(for_ns) => {
+            FaultKind::PauseCoordinator(for_ns) | FaultKind::SlowDriver(for_ns) => {
+                // A stopped process is not made to run by a slow driver, nor the other way round.
+                if self.coordinator_paused {
+                    return false;
+                }
                 self.coordinator_paused = true;
+                self.coordinator_behind = matches!(kind, FaultKind::SlowDriver(_));
                 self.at(self.now + for_ns, Happening::ResumeCoordinator);
                 true
             }

@@ -45,7 +45,7 @@ fn check(world: &World) {
     assert!(crashed || world.ended.is_some(), "never ended: {text}");
     if let (Some(ending), Some((ended, _))) = (world.ending_ns, &world.ended) {
         let pauses = world.hits.iter().map(|(_, fault)| match fault.kind {
-            FaultKind::PauseCoordinator(for_ns) => for_ns,
+            FaultKind::PauseCoordinator(for_ns) | FaultKind::SlowDriver(for_ns) => for_ns,
             _ => 0,
         });
         assert!(ended - ending <= 2600 * MS + pauses.sum::<u64>(), "ended too late: {text}");
@@ -165,7 +165,9 @@ fn replay_is_the_same(world: &World, text: &str) {
 /// When a fault lets go of what it holds.
 fn resumes_ns(fault: &Fault) -> u64 {
     match fault.kind {
-        FaultKind::HangAgent(_, for_ns) | FaultKind::PauseCoordinator(for_ns) => for_ns,
+        FaultKind::HangAgent(_, for_ns)
+        | FaultKind::PauseCoordinator(for_ns)
+        | FaultKind::SlowDriver(for_ns) => for_ns,
         _ => 0,
     }
 }

@@ -25,6 +25,8 @@ pub(crate) enum FaultKind {
     CrashCoordinator,
     /// SIGSTOP and SIGCONT.
     PauseCoordinator(u64),
+    /// The driver takes no updates for that time, so the shell takes no frames.
+    SlowDriver(u64),
     /// The user stops.
     Stop {
         twice: bool,
@@ -98,7 +100,7 @@ impl Scenario {
     fn kind(&self, random: &mut Random) -> FaultKind {
         let worker = random.pick(&self.workers).1.clone();
         let node = random.pick(&self.nodes).clone();
-        match random.range(0, 16) {
+        match random.range(0, 17) {
             0..=2 => FaultKind::KillWorker(worker),
             3 => FaultKind::FailWorker(worker),
             4 => FaultKind::HangWorker(worker),
@@ -111,6 +113,7 @@ impl Scenario {
             11 => FaultKind::PauseCoordinator(random.range(0, HARMLESS)),
             12 => FaultKind::Stop { twice: false },
             13 => FaultKind::Stop { twice: true },
+            14 => FaultKind::SlowDriver(random.range(0, 8 * SECOND)),
             _ => FaultKind::Ghost(worker),
         }
     }
@@ -121,7 +124,7 @@ impl Fault {
     pub(crate) fn is_harmless(&self) -> bool {
         match &self.kind {
             FaultKind::HangAgent(_, for_ns) | FaultKind::Hold(_, for_ns) => *for_ns <= HARMLESS,
-            FaultKind::PauseCoordinator(_) | FaultKind::Ghost(_) => true,
+            FaultKind::PauseCoordinator(_) | FaultKind::SlowDriver(_) | FaultKind::Ghost(_) => true,
             _ => false,
         }
     }

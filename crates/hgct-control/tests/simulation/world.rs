@@ -66,6 +66,8 @@ pub(crate) struct World {
     pub(crate) run: RunId,
     pub(crate) coordinator: Option<Coordinator>,
     pub(crate) coordinator_paused: bool,
+    /// Its shell takes no frames, but lets time pass.
+    pub(crate) coordinator_behind: bool,
     pub(crate) coordinator_backlog: Vec<Event>,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) processes: BTreeMap<DeviceId, Process>,
@@ -103,6 +105,7 @@ impl World {
             run,
             coordinator: Some(coordinator),
             coordinator_paused: false,
+            coordinator_behind: false,
             coordinator_backlog: Vec::new(),
             nodes: BTreeMap::new(),
             processes: BTreeMap::new(),
@@ -157,7 +160,8 @@ impl World {
     pub(crate) fn run(&mut self) {
         for _ in 0..200_000 {
             let next = self.queue.first_key_value().map(|(key, _)| key.0);
-            let coordinator = self.coordinator.as_ref().filter(|_| !self.coordinator_paused);
+            let coordinator =
+                self.coordinator.as_ref().filter(|_| !self.coordinator_paused || self.coordinator_behind);
             let timeout = coordinator.and_then(Coordinator::poll_timeout);
             let nodes = self.nodes.iter().filter(|(_, node)| !node.hung);
             let agent = nodes
@@ -173,7 +177,7 @@ impl World {
                 let Some((_, happening)) = self.queue.pop_first() else { return };
                 self.happen(happening);
             } else if timeout == Some(at) {
-                self.coordinator_event(Event::Tick);
+                self.coordinator_event(if self.coordinator_behind { Event::Behind } else { Event::Tick });
             } else if let Some((_, name)) = agent {
                 self.agent_event(&name, agent::Event::Tick { memory_bytes: 1 });
             }
@@ -207,6 +211,7 @@ impl World {
             }
             Happening::ResumeCoordinator => {
                 self.coordinator_paused = false;
+                self.coordinator_behind = false;
                 for event in std::mem::take(&mut self.coordinator_backlog) {
                     self.coordinator_event(event);
                 }
@@ -223,7 +228,7 @@ impl World {
     // Coordinator and network.
 
     pub(crate) fn coordinator_event(&mut self, event: Event) {
-        if self.coordinator_paused {
+        if self.coordinator_paused && event != Event::Behind {
             self.coordinator_backlog.push(event);
             return;
         }

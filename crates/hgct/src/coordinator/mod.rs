@@ -5,6 +5,7 @@
 //! that writes. The driver (a command such as `train`) gives commands and hears updates.
 
 mod connection;
+mod outgoing;
 mod signals;
 
 use std::net::{SocketAddr, TcpListener};
@@ -19,10 +20,14 @@ use hgct_control::auth::Token;
 use hgct_control::coordinator::{Command, Config, Coordinator, Effect, Event, Outcome, Update};
 
 use self::connection::Connections;
+use self::outgoing::Outgoing;
 pub(crate) use self::signals::{block_signals, next_signal};
 
 /// Events and updates that may wait; with pieces of at most 1 MiB this bounds memory.
 const QUEUE: usize = 24;
+
+/// How soon to look again whether a driver that is behind has room.
+const ROOM: Duration = Duration::from_millis(10);
 
 /// Bytes that may wait for an agent before the driver waits.
 const MAX_QUEUED_BYTES: u64 = 8 << 20;
@@ -123,13 +128,15 @@ impl Shell {
 #[error("{0}")]
 pub(crate) struct Ended(pub(crate) Outcome);
 
-/// The machine's thread.
+/// The machine's thread. It never waits for the driver, which may be planning or writing to a disk:
+/// heartbeats would stop and agents leave.
 fn drive(
     mut machine: Coordinator,
     inbox: &Receiver<Event>,
     updates: &SyncSender<Update>,
     mut connections: Connections,
 ) {
+    let mut outgoing = Outgoing::default();
     loop {
         while let Some(effect) = machine.poll_effect() {
             match effect {
@@ -137,20 +144,31 @@ fn drive(
                     connections.send(connection, &envelope, payload);
                 }
                 Effect::Close { connection, reason } => connections.close(connection, &reason),
-                Effect::Update(update) => {
-                    // A driver that has left wants nothing more than the end of everything.
-                    if updates.send(*update).is_err() {
-                        machine.handle(monotonic_ns(), Event::Command { command: Box::new(Command::End) });
-                    }
-                }
+                Effect::Update(update) => outgoing.push(*update),
             }
         }
-        let Some(at_ns) = machine.poll_timeout() else { return };
-        let wait = Duration::from_nanos(at_ns.saturating_sub(monotonic_ns()));
-        let event = match inbox.recv_timeout(wait) {
-            Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) => Event::Tick,
-            Err(RecvTimeoutError::Disconnected) => return,
+        if outgoing.hand_over(updates).is_err() {
+            // A driver that has left wants nothing more than the end of everything.
+            machine.handle(monotonic_ns(), Event::Command { command: Box::new(Command::End) });
+            continue;
+        }
+        let Some(at_ns) = machine.poll_timeout() else {
+            outgoing.hand_over_all(updates);
+            return;
+        };
+        let mut wait = Duration::from_nanos(at_ns.saturating_sub(monotonic_ns()));
+        if !outgoing.is_empty() {
+            wait = wait.min(ROOM);
+        }
+        let event = if outgoing.is_full() {
+            std::thread::sleep(wait);
+            Event::Behind
+        } else {
+            match inbox.recv_timeout(wait) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => Event::Tick,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
         };
         connections.before(&event);
         machine.handle(monotonic_ns(), event);
