@@ -103,6 +103,10 @@ impl LoadedJob {
                 None => patterns.push(expand(path)?),
             }
         }
+        // A file that is named by itself may not be empty, as one of a folder may.
+        if files.is_empty() {
+            return Ok(Sources::resolve(&patterns, &base)?);
+        }
         if !patterns.is_empty() {
             files.extend(Sources::resolve(&patterns, &base)?.files().iter().map(|file| file.path.clone()));
         }
