@@ -129,6 +129,14 @@ impl Bench {
             .collect()
     }
 
+    /// Whether a checkpoint was committed: a folder without a manifest is none.
+    fn has_checkpoint(&self, run: &str) -> bool {
+        let folders = std::fs::read_dir(self.run_folder(run).join("checkpoints"));
+        folders.is_ok_and(|mut folders| {
+            folders.any(|folder| folder.unwrap().path().join("manifest.json").exists())
+        })
+    }
+
     /// SHA-256 of every shard of the newest checkpoint.
     fn shards(&self, run: &str) -> Vec<String> {
         let folder = self.run_folder(run).join("checkpoints");
@@ -279,7 +287,7 @@ fn a_run_goes_on_after_the_death_of_any_process() {
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     for kill in 0..kills {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let checkpoint = bench.run_folder(&id).join("checkpoints").is_dir();
+        let checkpoint = bench.has_checkpoint(&id);
         let how = if checkpoint { ["--resume", &id] } else { ["--run", &id] };
         if !checkpoint {
             // A run that died before its first checkpoint begins anew.
