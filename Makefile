@@ -18,7 +18,7 @@ test:
 	@$(PYTHON) scripts/test.py
 
 soak: set-up
-	cargo test --locked --workspace -- --ignored soak
+	HGCT_KILLS=500 cargo test --locked -p hgct --test training -- a_run_goes_on_after_the_death_of_any_process
 
 bench:
 	@$(PYTHON) scripts/set_up.py bench training

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -76,7 +77,17 @@ impl LoadedJob {
     /// Tokenizes the job's text in a child process, unless that was done before.
     pub(crate) fn prepare_data(&self, workspace: &Workspace) -> Result<PreparedData> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let child = std::process::Command::new(program)
+        let mut command = std::process::Command::new(program);
+        // SAFETY: `prctl` with these arguments only sets a flag of the new process, which is allowed
+        // between fork and exec.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            })
+        };
+        // The thread that starts it waits for it: its death is the command's.
+        let child = command
             .args(["--dir"])
             .arg(workspace.root())
             .args(["data", "--json"])

@@ -64,7 +64,13 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = coordinator::block_signals().and_then(|()| run(&cli));
+    // Who serves a run stops in order; all else may simply be ended.
+    let serves = !matches!(
+        cli.command,
+        Command::Devices(_) | Command::Report(_) | Command::Ckpt(_) | Command::Data(_)
+    );
+    let blocked = if serves { coordinator::block_signals() } else { Ok(()) };
+    let done = blocked.and_then(|()| run(&cli));
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
