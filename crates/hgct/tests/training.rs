@@ -1,6 +1,8 @@
 //! Whole runs of the real binary over the real engines: every plan learns the same, a run goes on
 //! after any death, bad input is told and harms nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -92,6 +92,7 @@ impl Session {
 
     /// Carries an order out.
     pub(super) fn obey(&mut self, order: ToWorker, payload: &[u8], generation: Generation) -> Result<()> {
+        self.progress.rest();
         match order {
             ToWorker::Attach { .. } => Err(self.unfit("a second attach")),
             ToWorker::Stop | ToWorker::Exit => Ok(()),
@@ -318,6 +319,8 @@ impl Session {
     /// Trains until `end_step` or until the ranks agree to stop.
     fn train(&mut self, generation: Generation, start: u64, num_updates: u64, end_step: u64) -> Result<()> {
         self.loaded(generation)?.trainer.initialise(start, num_updates)?;
+        // A beat between here and the first action must not count from the worker's first day.
+        self.progress.rest();
         self.say(FromWorker::Ready)?;
         let mut step = start;
         let mut stopped = false;

@@ -41,6 +41,13 @@ impl Progress {
         Look { step: state.step, action: state.action, since_ns: state.since_ns, completed: state.completed }
     }
 
+    /// Something that is no action of the schedule begins: the wait for it counts from now.
+    pub fn rest(&self) {
+        let mut state = self.state();
+        state.action = None;
+        state.since_ns = monotonic_ns();
+    }
+
     /// A sign that something moved which is no action of the schedule.
     pub fn alive(&self) {
         let mut state = self.state();
