@@ -46,7 +46,8 @@ impl Bench {
         };
         if let Some(missing) = ENGINES.iter().find(|name| !ready(name)) {
             // Past the test runner, which swallows what a passing test prints.
-            let reason = format!("SKIPPED: the environment of {missing} is not installed: run `make set-up`\n");
+            let reason =
+                format!("SKIPPED: the environment of {missing} is not installed: run `make set-up`\n");
             let _ = std::io::Write::write_all(&mut std::io::stderr(), reason.as_bytes());
             assert!(std::env::var_os("HGCT_FORBID_SKIP").is_none(), "a test was skipped");
             return None;
