@@ -11,8 +11,8 @@
 //!
 //! What a step costs the first time (kernels compile) is *warming*: in a worker's first step, the
 //! first action of each operation of each stage has the warming allowance. A worker that waits for
-//! another (receive, reduce, update, gather) is never given up while any other worker computes
-//! within its allowance: that one is what it waits for. When every worker waits, the longest wait
+//! another (receive, reduce, update, gather) is never given up while any other worker is within its
+//! allowance: that one may be what it waits for. When all are over theirs and wait, the longest wait
 //! is given up.
 
 use std::collections::BTreeMap;
@@ -396,19 +396,15 @@ impl Detector {
         let limits = self.limits;
         let over: Vec<(DeviceId, Stall, bool)> =
             self.watched.iter().filter_map(|(worker, watch)| watch.over(worker, &limits)).collect();
-        // A worker that has not beaten yet in this generation counts as busy.
-        let someone_busy = self.watched.iter().any(|(worker, watch)| {
-            let waiting =
-                watch.beat.as_ref().is_some_and(|beat| beat.action.is_some_and(|a| waits(a.operation)));
-            !waiting && !over.iter().any(|(stalled, ..)| stalled == worker)
-        });
+        // One that is within its allowance, or whose last beat is old, may be what all wait for.
+        let someone_else = over.len() < self.watched.len();
         let someone_computes = over.iter().any(|(.., waiting)| !waiting);
         let longest_wait = over.iter().filter(|(.., waiting)| *waiting).max_by_key(|(_, s, _)| s.since_ns);
         let chosen: Vec<(DeviceId, Stall)> = match longest_wait {
             _ if someone_computes => {
                 over.iter().filter(|(.., waiting)| !waiting).map(|(w, s, _)| (w.clone(), *s)).collect()
             }
-            Some((worker, stall, _)) if !someone_busy => vec![(worker.clone(), *stall)],
+            Some((worker, stall, _)) if !someone_else => vec![(worker.clone(), *stall)],
             _ => Vec::new(),
         };
         let mut verdicts = Vec::new();

@@ -172,6 +172,9 @@ fn a_wait_is_no_stall_while_the_other_computes() {
     beat(&mut detector, 0, 0, 1, Some("0F1"), SECOND_NS);
     beat(&mut detector, 0, 1, 1, Some("1RECV_F1"), 90 * SECOND_NS);
     assert!(stalled(&detector.verdicts(1)).is_empty());
+    // The other has only just begun to wait, or has said nothing since.
+    beat(&mut detector, 1, 0, 1, Some("0RECV_B1"), SECOND_NS);
+    assert!(stalled(&detector.verdicts(2)).is_empty());
     // Both wait for each other: the longest wait is named.
     beat(&mut detector, 2, 0, 1, Some("0RECV_B1"), 80 * SECOND_NS);
     assert_eq!(stalled(&detector.verdicts(3)), [device(1)]);

@@ -105,11 +105,15 @@ impl World {
             }
             FaultKind::PauseCoordinator(for_ns) | FaultKind::SlowDriver(for_ns) => {
                 // A stopped process is not made to run by a slow driver, nor the other way round.
-                if self.coordinator_paused {
+                // Before anything is said to the agents, nobody is behind.
+                let joins =
+                    self.coordinator.as_ref().is_none_or(|machine| machine.phase() == Phase::Gathering);
+                let slow = matches!(kind, FaultKind::SlowDriver(_));
+                if self.coordinator_paused || (slow && joins) {
                     return false;
                 }
                 self.coordinator_paused = true;
-                self.coordinator_behind = matches!(kind, FaultKind::SlowDriver(_));
+                self.coordinator_behind = slow;
                 self.at(self.now + for_ns, Happening::ResumeCoordinator);
                 true
             }

@@ -192,6 +192,9 @@ fn a_quiet_run_completes() {
         let world = simulate(Scenario::quiet(seed));
         check(&world);
         assert!(matches!(world.ended, Some((_, Outcome::Completed))), "seed {seed}:\n{}", story(&world));
+        // Agents that have left are not waited for: a second of grace and the way there and back.
+        let took_ns = world.ended.map_or(0, |(at, _)| at) - world.ending_ns.unwrap_or(0);
+        assert!(took_ns < 1500 * MS, "seed {seed}: {} ms to the end", took_ns / MS);
     }
 }
 

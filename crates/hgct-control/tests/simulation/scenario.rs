@@ -82,8 +82,11 @@ impl Scenario {
         for _ in 0..count {
             let at_ns = random.range(0, 9 * SECOND);
             let kind = scenario.kind(&mut random);
-            // Two short silences of one node add up to a long one.
-            let silences = |kind: &FaultKind| matches!(kind, FaultKind::HangAgent(..) | FaultKind::Hold(..));
+            // Two short silences add up to a long one.
+            let silences = |kind: &FaultKind| {
+                let pauses = matches!(kind, FaultKind::PauseCoordinator(_) | FaultKind::SlowDriver(_));
+                pauses || matches!(kind, FaultKind::HangAgent(..) | FaultKind::Hold(..))
+            };
             if silences(&kind) && scenario.faults.iter().any(|fault| silences(&fault.kind)) {
                 continue;
             }
