@@ -24,10 +24,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hgct_control::coordinator::Outcome;
 
 /// Trains one model on devices of several vendors and frameworks at once.
 #[derive(Debug, Parser)]
-#[command(name = "hgct", version, propagate_version = true)]
+#[command(
+    name = "hgct",
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 done; 1 a run or a device failed; 2 bad input; 130 stopped at once."
+)]
 struct Cli {
     /// Folder of environments, caches and runs
     #[arg(long, global = true, value_name = "DIR", default_value = ".hgct")]
@@ -75,8 +81,17 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("hgct: {error:#}");
-            ExitCode::from(2)
+            ExitCode::from(code_of(&error))
         }
+    }
+}
+
+/// A run that began and failed is no bad input.
+fn code_of(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<coordinator::Ended>() {
+        Some(coordinator::Ended(Outcome::Aborted { .. })) => 130,
+        Some(_) => 1,
+        None => 2,
     }
 }
 

@@ -72,6 +72,7 @@ pub(crate) struct Session {
 impl Session {
     /// Listens, starts this host's agent, and waits until all agents have joined.
     pub(crate) fn open(workspace: &Workspace, options: &Options) -> Result<Self> {
+        let is_new = !options.folder.exists();
         fs::create_dir_all(options.folder.join("logs"))
             .with_context(|| format!("cannot make {}", options.folder.display()))?;
         let token_file = options.token_file.clone().unwrap_or_else(|| options.folder.join("token"));
@@ -79,7 +80,12 @@ impl Session {
         let agents = options.remote_agents + usize::from(options.local_agent);
         let mut config = Config::new(options.run.clone(), agents, options.gather.as_nanos() as u64);
         config.limits.warming_ns = options.warming.as_nanos() as u64;
-        let shell = Shell::start(config, token, options.listen)?;
+        let shell = Shell::start(config, token, options.listen).inspect_err(|_| {
+            // What never began is no run: `latest` must not find it.
+            if is_new {
+                let _ = fs::remove_dir_all(&options.folder);
+            }
+        })?;
         let mut session = Self {
             shell,
             run: options.run.clone(),

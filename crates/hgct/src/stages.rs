@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use hgct_control::message::UnusableDevice;
 use hgct_core::canonical::Hash;
 use hgct_core::check::{CheckReport, Verdict};
 use hgct_core::cluster::{ClusterSpec, DeviceSpec, Isolation};
@@ -33,6 +34,8 @@ pub(crate) struct Fleet {
     pub(crate) checks: Vec<CheckReport>,
     /// Devices that were set aside, with the reason.
     pub(crate) set_aside: Vec<(DeviceId, String)>,
+    /// What was found and cannot be used at all, such as an environment that does not import.
+    pub(crate) unusable: Vec<(NodeId, UnusableDevice)>,
     /// Devices whose workers run.
     pub(crate) started: BTreeSet<DeviceId>,
     /// How grants are held, in words.
@@ -80,10 +83,14 @@ impl Fleet {
                 .collect();
             bail!("no device can be used{}\nsee `hgct devices`", reasons.concat());
         }
+        for (node, row) in &inventory.unusable {
+            eprintln!("{node}: {} is set aside: {}", row.name, row.reason);
+        }
         let fleet = Self {
             cluster,
             checks: Vec::new(),
             set_aside: Vec::new(),
+            unusable: inventory.unusable.clone(),
             started: BTreeSet::new(),
             isolation_note: String::new(),
             held: false,
@@ -281,12 +288,27 @@ impl Fleet {
         self.set_aside.push((device.clone(), reason));
     }
 
+    /// Why a device that is not in the cluster is not, if that is known.
+    pub(crate) fn why_missing(&self, device: &DeviceId) -> Option<&str> {
+        let set_aside = self.set_aside.iter().find(|(known, _)| known == device);
+        set_aside.map(|(_, reason)| reason.as_str()).or_else(|| why_unusable(&self.unusable, device))
+    }
+
     fn require_one(&self) -> Result<()> {
         if self.cluster.devices().next().is_some() {
             return Ok(());
         }
         bail!("no device is left: see the reasons above")
     }
+}
+
+/// Why a device's environment offers none, if that is known.
+fn why_unusable<'a>(unusable: &'a [(NodeId, UnusableDevice)], device: &DeviceId) -> Option<&'a str> {
+    let (node, rest) = device.as_str().split_once('/')?;
+    let environment = format!(" in {}", rest.split_once(':')?.0);
+    let of =
+        |(name, row): &&(NodeId, UnusableDevice)| name.as_str() == node && row.name.ends_with(&environment);
+    unusable.iter().find(of).map(|(_, row)| row.reason.as_str())
 }
 
 /// A device that nobody has.
@@ -334,8 +356,8 @@ fn read_cluster(path: &Path, inventory: &Inventory) -> Result<ClusterSpec> {
         let here =
             inventory.nodes.iter().filter(|known| known.name == node.name).flat_map(|node| &node.devices);
         if !here.into_iter().any(|known| known.id == device.id) {
-            let reason = inventory.unusable.iter().find(|(_, row)| device.id.as_str().ends_with(&row.name));
-            let reason = reason.map_or_else(String::new, |(_, row)| format!(": {}", row.reason));
+            let reason = why_unusable(&inventory.unusable, &device.id);
+            let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
             bail!("{}: node {} does not have device {}{reason}", path.display(), node.name, device.id);
         }
     }

@@ -115,6 +115,8 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     let begun = Instant::now();
     let started_at = crate::date::now();
     let loaded = LoadedJob::read(&args.job)?.with_data(&args.data)?;
+    // Before anything is started or written.
+    let given = args.plan.as_deref().map(|path| given_plan(path, &loaded)).transpose()?;
     let resumed = args.resume.as_deref().map(|name| Resume::find(workspace, name, &loaded)).transpose()?;
     let run = match (&resumed, &args.run) {
         (Some(resume), _) => resume.run.clone(),
@@ -138,6 +140,7 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
         args,
         loaded,
         resumed,
+        given,
         folder,
         begun,
         started_at,
@@ -169,6 +172,7 @@ struct Driver<'a> {
     args: &'a TrainArgs,
     loaded: LoadedJob,
     resumed: Option<Resume>,
+    given: Option<Chosen>,
     folder: PathBuf,
     begun: Instant,
     started_at: String,
@@ -222,11 +226,8 @@ impl Driver<'_> {
 
     /// The plan that was given, or the planner's choice under the profile.
     fn plan(&mut self, session: &mut Session, fleet: &mut Fleet, choices: &Choices) -> Result<Chosen> {
-        let chosen = if let Some(path) = &self.args.plan {
-            let text =
-                std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-            let plan = Plan::from_json(&path.to_string_lossy(), &text)?;
-            given_plan(plan, path, &self.loaded)?
+        let chosen = if let Some(given) = self.given.take() {
+            given
         } else {
             let profiling = Instant::now();
             let profile =
@@ -398,37 +399,42 @@ impl Driver<'_> {
     /// Writes the report and says how it ended.
     fn conclude(mut self, result: Result<()>, outcome: Result<Outcome>, memory: Memory) -> Result<u8> {
         // A run that ended by itself comes as an error through the driver.
-        let result = match result.map_err(anyhow::Error::downcast::<Ended>) {
-            Ok(()) => Ok(outcome),
-            Err(Ok(Ended(outcome))) => Ok(Ok(outcome)),
+        let ended = match result.map_err(anyhow::Error::downcast::<Ended>) {
+            Ok(()) => outcome,
+            Err(Ok(Ended(outcome))) => Ok(outcome),
             Err(Err(error)) => Err(error),
         };
-        let failed = match &result {
-            Ok(Ok(Outcome::Completed | Outcome::Stopped { .. })) => None,
-            Ok(Ok(outcome)) => Some(outcome.to_string()),
-            Ok(Err(error)) | Err(error) => Some(format!("{error:#}")),
+        let failed = match &ended {
+            Ok(Outcome::Completed | Outcome::Stopped { .. }) => None,
+            Ok(outcome) => Some(outcome.to_string()),
+            Err(error) => Some(format!("{error:#}")),
         };
-        if let Some(mut observer) = self.observer.take() {
-            self.times.total = Some(self.begun.elapsed().as_secs_f64());
-            observer.close(memory, self.started_at.clone(), self.times.clone(), failed)?;
-            crate::report::write(&self.folder)?;
-            eprintln!("the report is in {}", self.folder.join("report.md").display());
+        let Some(mut observer) = self.observer.take() else {
+            // Nothing was trained: what was asked for cannot be done.
+            return ended.and_then(|outcome| Err(Ended(outcome).into()));
+        };
+        self.times.total = Some(self.begun.elapsed().as_secs_f64());
+        let reported = observer
+            .close(memory, self.started_at.clone(), self.times.clone(), failed)
+            .and_then(|()| crate::report::write(&self.folder));
+        // A disk that is full must not hide why the run ended.
+        match &reported {
+            Ok(_) => eprintln!("the report is in {}", self.folder.join("report.md").display()),
+            Err(error) => eprintln!("hgct: the report cannot be written: {error:#}"),
         }
-        match result?? {
-            Outcome::Completed | Outcome::Stopped { .. } => Ok(0),
-            Outcome::Aborted { reason } => {
+        let error = match ended {
+            Ok(Outcome::Completed | Outcome::Stopped { .. }) => return Ok(u8::from(reported.is_err())),
+            Ok(Outcome::Aborted { reason }) => {
                 eprintln!("hgct: stopped at once: {reason}");
-                Ok(130)
+                return Ok(130);
             }
-            failed @ Outcome::Failed { .. } => {
-                eprintln!("hgct: the run failed: {failed}");
-                let (job, run) = (self.args.job.display(), file_of(&self.folder));
-                eprintln!(
-                    "hgct: continue it from its newest checkpoint with: hgct train {job} --resume {run}"
-                );
-                Ok(1)
-            }
-        }
+            Ok(failed @ Outcome::Failed { .. }) => failed.to_string(),
+            Err(error) => format!("{error:#}"),
+        };
+        eprintln!("hgct: the run failed: {error}");
+        let (job, run) = (self.args.job.display(), file_of(&self.folder));
+        eprintln!("hgct: continue it from its newest checkpoint with: hgct train {job} --resume {run}");
+        Ok(1)
     }
 }
 
@@ -449,11 +455,13 @@ pub(crate) fn make_plan(
     profile: &hgct_core::profile::Profile,
 ) -> Result<Planned> {
     let input = PlanInput { job: &loaded.job, model: &loaded.model, cluster, profile };
-    Ok(hgct_planner::plan(&input, &Budget::default())?)
+    hgct_planner::plan(&input, &Budget::default()).with_context(|| loaded.path.display().to_string())
 }
 
 /// A plan that a person gave, if it fits the job.
-fn given_plan(plan: Plan, path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
+fn given_plan(path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let plan = Plan::from_json(&path.to_string_lossy(), &text).with_context(|| path.display().to_string())?;
     let fail = |what: &str| {
         Err(anyhow!(hgct_core::Error::Value {
             file: path.to_string_lossy().into_owned(),
@@ -477,9 +485,8 @@ fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<hgct_core::cluster::De
         if let Some((_, device)) = fleet.cluster.device(id) {
             Ok(device.clone())
         } else {
-            let reason =
-                fleet.set_aside.iter().find(|(known, _)| known == id).map(|(_, reason)| reason.as_str());
-            bail!("the plan needs {id}, which is not there: {}", reason.unwrap_or("no agent has it"))
+            let reason = fleet.why_missing(id).unwrap_or("no agent has it");
+            bail!("the plan needs {id}, which is not there: {reason}")
         }
     };
     plan.ranks.iter().map(|rank| find(&rank.device)).collect()

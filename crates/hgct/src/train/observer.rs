@@ -71,6 +71,10 @@ impl Observer {
             reason: reason.clone(),
         };
         summary.set_aside = fleet.set_aside.iter().map(set_aside).collect();
+        summary.set_aside.extend(fleet.unusable.iter().map(|(node, row)| SetAside {
+            device: format!("{node}: {}", row.name),
+            reason: row.reason.clone(),
+        }));
         summary.isolation_note = Some(fleet.isolation_note.clone()).filter(|note| !note.is_empty());
         let mut this = Self {
             folder: folder.to_owned(),
