@@ -113,6 +113,14 @@ fn find(workspace: &Workspace, name: &str) -> Result<Checkpoint> {
     if let Some(step) = step {
         return Ok(checkpoints.verify(step)?);
     }
+    match newest_verified(&checkpoints)? {
+        Some(checkpoint) => Ok(checkpoint),
+        None => bail!("{} has no checkpoint that verifies", path.display()),
+    }
+}
+
+/// The newest checkpoint that verifies; says which newer ones are passed over, and why.
+pub(crate) fn newest_verified(checkpoints: &Checkpoints) -> Result<Option<Checkpoint>> {
     let newest = checkpoints.newest_verified()?;
     for bad in &newest.bad {
         eprintln!(
@@ -122,10 +130,7 @@ fn find(workspace: &Workspace, name: &str) -> Result<Checkpoint> {
             bad.reason
         );
     }
-    match newest.checkpoint {
-        Some(checkpoint) => Ok(checkpoint),
-        None => bail!("{} has no checkpoint that verifies", path.display()),
-    }
+    Ok(newest.checkpoint)
 }
 
 /// The tokenizer that the manifest names, from the cache of prepared data.

@@ -153,10 +153,7 @@ impl Session {
         options: WorkerOptions,
     ) -> Result<()> {
         self.join_writer()?;
-        let engine = match self.loaded.take() {
-            Some(loaded) => loaded.trainer.into_engine()?,
-            None => self.engine.take().ok_or_else(|| self.unfit("load before the engine is open"))?,
-        };
+        let engine = self.take_engine()?;
         let trainer = Trainer::load(
             engine,
             TrainerOptions {
@@ -189,10 +186,7 @@ impl Session {
             return Err(self.unfit("a plan of several ranks for training alone"));
         }
         self.join_writer()?;
-        let engine = match self.loaded.take() {
-            Some(loaded) => loaded.trainer.into_engine()?,
-            None => self.engine.take().ok_or_else(|| self.unfit("training before the engine is open"))?,
-        };
+        let engine = self.take_engine()?;
         let options = TrainerOptions {
             plan: Arc::new(plan),
             rank: Rank(0),
@@ -420,6 +414,14 @@ impl Session {
         match &self.attach {
             ToWorker::Attach { device, .. } => Ok(device),
             _ => Err(self.unfit("attach")),
+        }
+    }
+
+    /// The engine for another load: from the trainer that has it, whose connections end.
+    fn take_engine(&mut self) -> Result<Box<dyn Engine>> {
+        match self.loaded.take() {
+            Some(loaded) => loaded.trainer.into_engine(),
+            None => self.engine.take().ok_or_else(|| self.unfit("a load before the engine is open")),
         }
     }
 

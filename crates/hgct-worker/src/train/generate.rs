@@ -1,9 +1,12 @@
 //! Continuing prompts through the pipeline: a few lines that the model writes.
 
-use hgct_comm::{Tag, TagKind};
+use std::sync::Arc;
+
+use hgct_comm::{SendBuffer, Tag, TagKind};
 use hgct_core::dtype::DType;
 use hgct_core::init::uniform_at;
 use hgct_core::plan::StageId;
+use hgct_core::schedule::neighbour;
 
 use super::{Trainer, tokens};
 use crate::Result;
@@ -53,14 +56,10 @@ impl Trainer {
                 let chosen = self.choose(&logits, &mut sequences, seed, temperature)?;
                 if first_rank != self.rank {
                     let bytes: Vec<u8> = chosen.iter().flat_map(|token| token.to_le_bytes()).collect();
-                    let deadline = self.deadline();
-                    let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
-                    comm.send(first_rank, Tag::new(TagKind::User, 0, 0, step), bytes, deadline)?;
+                    self.send_to(first_rank, Tag::new(TagKind::User, 0, 0, step), bytes)?;
                 }
             } else if self.rank == first_rank {
-                let deadline = self.deadline();
-                let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
-                let message = comm.recv(last_rank, Tag::new(TagKind::User, 0, 0, step), deadline)?;
+                let message = self.recv_from(last_rank, Tag::new(TagKind::User, 0, 0, step))?;
                 for (sequence, token) in sequences.iter_mut().zip(message.chunks_exact(4)) {
                     sequence.push(u32::from_le_bytes([token[0], token[1], token[2], token[3]]));
                 }
@@ -93,32 +92,19 @@ impl Trainer {
             }
             tokens::token_lease("input_ids", vec![width as u64, seq_len as u64], &ids)
         } else {
-            let from = hgct_core::schedule::neighbour(&plan, stage, true)
-                .ok_or_else(|| self.protocol("no stage before"))?;
-            let deadline = self.deadline();
-            let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
-            let message = comm.recv(
-                plan.stage(from).rank(),
-                Tag::new(TagKind::Activation, stage.0, 0, step),
-                deadline,
-            )?;
+            let from = neighbour(&plan, stage, true).ok_or_else(|| self.protocol("no stage before"))?;
+            let tag = Tag::new(TagKind::Activation, stage.0, 0, step);
+            let message = self.recv_from(plan.stage(from).rank(), tag)?;
             Lease::of_bytes("hidden", DType::F32, shape, message)
         };
         let ticket = self.engine.logits(stage, Edge::new(vec![input]))?;
         let mut output = ticket.wait(std::time::Instant::now() + self.step_deadline)?;
-        let Some(next) = hgct_core::schedule::neighbour(&plan, stage, false) else {
+        let Some(next) = neighbour(&plan, stage, false) else {
             return Ok(output.take("logits"));
         };
         let hidden = output.take("hidden").ok_or_else(|| self.protocol("the stage gave no hidden"))?;
-        let deadline = self.deadline();
-        let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
         let tag = Tag::new(TagKind::Activation, next.0, 0, step);
-        comm.send(
-            plan.stage(next).rank(),
-            tag,
-            hgct_comm::SendBuffer::lease(std::sync::Arc::new(hidden)),
-            deadline,
-        )?;
+        self.send_to(plan.stage(next).rank(), tag, SendBuffer::lease(Arc::new(hidden)))?;
         Ok(None)
     }
 

@@ -16,7 +16,7 @@ mod tokens;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hgct_comm::{Communicator, Deadline};
+use hgct_comm::{Communicator, Deadline, Received, SendBuffer, Tag};
 use hgct_core::ids::Rank;
 use hgct_core::job::Recipe;
 use hgct_core::plan::{Plan, StageId};
@@ -191,6 +191,21 @@ impl Trainer {
     /// A copy of all state that this rank owns, for a checkpoint.
     pub fn snapshot(&self) -> Snapshot {
         self.owned.snapshot()
+    }
+
+    /// Queues a message to another rank.
+    fn send_to(&self, rank: Rank, tag: Tag, buffer: impl Into<SendBuffer>) -> Result<()> {
+        self.connected()?.send(rank, tag, buffer, self.deadline())?;
+        Ok(())
+    }
+
+    /// Waits for a message of another rank.
+    fn recv_from(&self, rank: Rank, tag: Tag) -> Result<Received> {
+        Ok(self.connected()?.recv(rank, tag, self.deadline())?)
+    }
+
+    fn connected(&self) -> Result<&Communicator> {
+        self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))
     }
 
     fn deadline(&self) -> Deadline {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hgct_comm::{Direction, Tag, TagKind, monotonic_ns};
+use hgct_comm::{Direction, SendBuffer, Tag, TagKind, monotonic_ns};
 use hgct_core::dtype::DType;
 use hgct_core::plan::{MicroBatchPlace, StageId};
 use hgct_core::schedule::{Action, Operation, neighbour};
@@ -283,15 +283,8 @@ impl Trainer {
             flow.edges.insert((to_slot, to, micro_batch), lease);
             return Ok(());
         }
-        let deadline = self.deadline();
-        let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
-        comm.send(
-            rank,
-            Tag::new(kind, to.0, micro_batch, step),
-            hgct_comm::SendBuffer::lease(Arc::new(lease)),
-            deadline,
-        )?;
-        Ok(())
+        let tag = Tag::new(kind, to.0, micro_batch, step);
+        self.send_to(rank, tag, SendBuffer::lease(Arc::new(lease)))
     }
 
     fn receive(
@@ -314,9 +307,7 @@ impl Trainer {
         if rank == self.rank {
             return Ok(());
         }
-        let deadline = self.deadline();
-        let comm = self.comm.as_ref().ok_or_else(|| self.protocol("not connected"))?;
-        let message = comm.recv(rank, Tag::new(kind, stage.0, micro_batch, step), deadline)?;
+        let message = self.recv_from(rank, Tag::new(kind, stage.0, micro_batch, step))?;
         let samples = &places[micro_batch as usize].samples;
         let shape = vec![
             samples.end - samples.start,

@@ -23,6 +23,7 @@ use hgct_planner::{Budget, Explanation, PlanInput, Planned};
 
 use self::checkpoints::{Head, Piece, Writer};
 use self::observer::{Memory, Observer};
+use crate::ckpt::newest_verified;
 use crate::coordinator::Ended;
 use crate::job::{LoadedJob, PreparedData};
 use crate::report::summary::Times;
@@ -511,16 +512,8 @@ impl Resume {
     fn find(workspace: &Workspace, name: &str, loaded: &LoadedJob) -> Result<Self> {
         let folder = workspace.find_run(name)?;
         let run = RunId::new(file_of(&folder))?;
-        let newest = Checkpoints::open(folder.join("checkpoints")).newest_verified()?;
-        for bad in &newest.bad {
-            eprintln!(
-                "hgct: the checkpoint of step {} is passed over: {}: {}",
-                bad.step,
-                bad.path.display(),
-                bad.reason
-            );
-        }
-        let Some(checkpoint) = newest.checkpoint else {
+        let checkpoints = Checkpoints::open(folder.join("checkpoints"));
+        let Some(checkpoint) = newest_verified(&checkpoints)? else {
             bail!(BadRun { run, reason: "has no checkpoint that verifies".into() });
         };
         if checkpoint.manifest().model != loaded.model {
