@@ -13,7 +13,8 @@
 //! first action of each operation of each stage has the warming allowance. A worker that waits for
 //! another (receive, reduce, update, gather) is never given up while any other worker is within its
 //! allowance: that one may be what it waits for. When all are over theirs and wait, the longest wait
-//! is given up.
+//! is given up. What is no action of the schedule, such as the first evaluation, has the warming
+//! allowance too, and a beat says whether it is a wait.
 
 use std::collections::BTreeMap;
 
@@ -450,7 +451,7 @@ impl Watch {
             None => beat.since_ns.max(self.progressed_ns),
         };
         let since_ns = beat.now_ns.saturating_sub(start_ns);
-        let waiting = beat.action.is_some_and(|action| waits(action.operation));
+        let waiting = beat.action.map_or(beat.waits, |action| waits(action.operation));
         let stall = Stall { step: beat.step, action: beat.action, since_ns, allowed_ns, warming };
         (since_ns > allowed_ns).then(|| (worker.clone(), stall, waiting))
     }

@@ -286,8 +286,11 @@ pub struct WorkerBeat {
     pub now_ns: u64,
     /// Step that it is in.
     pub step: u64,
-    /// Action that it is in; `None` before its first and between steps.
+    /// Action that it is in; `None` before its first and between steps, and where nobody can say how
+    /// long it may take: the first evaluation, whose kernels compile.
     pub action: Option<Action>,
+    /// What it is in without an action ends only when another worker has done something.
+    pub waits: bool,
     /// Since when, in its own clock.
     pub since_ns: u64,
     /// Actions that it has completed.

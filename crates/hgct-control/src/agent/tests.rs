@@ -224,7 +224,15 @@ fn one_worker_a_device() {
 #[test]
 fn heartbeats_carry_the_last_beats() {
     let mut rig = Rig::with_worker();
-    let beat = WorkerBeat { now_ns: 5, step: 3, action: None, since_ns: 1, completed: 2, memory_bytes: 1 };
+    let beat = WorkerBeat {
+        now_ns: 5,
+        step: 3,
+        action: None,
+        waits: false,
+        since_ns: 1,
+        completed: 2,
+        memory_bytes: 1,
+    };
     let envelope = Box::new(rig.worker.seal(Generation::default(), FromWorker::Beat(beat.clone())));
     rig.handle(MS, Event::WorkerMessage { worker: device(), envelope, payload: Vec::new() });
     let effects = rig.handle(500 * MS, Event::Tick { memory_bytes: 42 });

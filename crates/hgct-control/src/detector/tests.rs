@@ -67,6 +67,7 @@ fn beat(detector: &mut Detector, now_ns: u64, index: u32, step: u64, action: Opt
         now_ns: clock_ns,
         step,
         action: action.map(|text| text.parse().unwrap()),
+        waits: false,
         since_ns: clock_ns - for_ns,
         completed: 1,
         memory_bytes: 1,
@@ -205,6 +206,7 @@ fn beats_of_another_generation_are_life_but_no_progress() {
         now_ns: 90 * SECOND_NS,
         step: 1,
         action: Some("0F1".parse().unwrap()),
+        waits: false,
         since_ns: 0,
         completed: 1,
         memory_bytes: 1,
@@ -224,4 +226,31 @@ fn pieces_of_a_checkpoint_are_progress_between_actions() {
     assert!(stalled(&detector.verdicts(30 * SECOND_NS)).is_empty());
     beat(&mut detector, 121 * SECOND_NS, 0, 9, None, 221 * SECOND_NS);
     assert_eq!(stalled(&detector.verdicts(121 * SECOND_NS)), [device(0)]);
+}
+
+#[test]
+fn the_one_that_compiles_an_evaluation_is_named_not_the_one_that_waits_for_it() {
+    let mut detector = watching(Some(SECOND_NS));
+    let evaluates = |detector: &mut Detector, index: u32, waits: bool, for_s: u64| {
+        let now_ns = 500 * SECOND_NS;
+        let beat = WorkerBeat {
+            now_ns,
+            step: 20,
+            action: None,
+            waits,
+            since_ns: now_ns - for_s * SECOND_NS,
+            completed: 1,
+            memory_bytes: 1,
+        };
+        detector.beat(1, &node(), &device(index), Generation::default(), &beat);
+    };
+    evaluates(&mut detector, 0, true, 119);
+    evaluates(&mut detector, 1, false, 100);
+    assert!(stalled(&detector.verdicts(1)).is_empty(), "kernels compile");
+    evaluates(&mut detector, 0, true, 139);
+    evaluates(&mut detector, 1, false, 119);
+    assert!(stalled(&detector.verdicts(2)).is_empty(), "it waits for the one that compiles");
+    evaluates(&mut detector, 0, true, 141);
+    evaluates(&mut detector, 1, false, 121);
+    assert_eq!(stalled(&detector.verdicts(3)), [device(1)]);
 }

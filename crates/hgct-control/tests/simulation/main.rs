@@ -15,7 +15,7 @@ mod world;
 use std::collections::BTreeMap;
 
 use hgct_control::coordinator::{Coordinator, Effect, Event, Failure, Outcome, Phase, Update};
-use hgct_core::ids::{Generation, RunId};
+use hgct_core::ids::{Generation, Rank, RunId};
 
 use crate::driver::STEPS;
 use crate::scenario::{Fault, FaultKind, Scenario};
@@ -195,6 +195,32 @@ fn a_quiet_run_completes() {
         // Agents that have left are not waited for: a second of grace and the way there and back.
         let took_ns = world.ended.map_or(0, |(at, _)| at) - world.ending_ns.unwrap_or(0);
         assert!(took_ns < 1500 * MS, "seed {seed}: {} ms to the end", took_ns / MS);
+    }
+}
+
+#[test]
+fn a_first_evaluation_may_compile_as_long_as_a_first_step() {
+    for seed in 0..20 {
+        let compile_ns = Some(11 * SECOND);
+        let world = simulate(Scenario { compile_ns, ..Scenario::quiet(seed) });
+        check(&world);
+        assert!(matches!(world.ended, Some((_, Outcome::Completed))), "seed {seed}:\n{}", story(&world));
+        let evaluations = world.updates.iter().filter(|(_, u)| matches!(u, Update::Evaluated { .. }));
+        assert_eq!(evaluations.count(), 2, "seed {seed}");
+    }
+}
+
+#[test]
+fn one_that_never_ends_an_evaluation_is_named_not_those_that_wait_for_it() {
+    for seed in 0..20 {
+        let compile_ns = Some(60 * SECOND);
+        let world = simulate(Scenario { compile_ns, ..Scenario::quiet(seed) });
+        let Some((_, Outcome::Failed { failure, .. })) = &world.ended else {
+            panic!("seed {seed}:\n{}", story(&world));
+        };
+        let Failure::WorkerStalled { worker, stall } = &**failure else { panic!("seed {seed}: {failure}") };
+        assert_eq!(worker.rank.map(|(rank, _)| rank), Some(Rank(0)), "seed {seed}: {failure}");
+        assert_eq!((stall.action, stall.step), (None, 2), "seed {seed}: {failure}");
     }
 }
 

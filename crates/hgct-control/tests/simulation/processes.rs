@@ -123,6 +123,14 @@ impl World {
                 self.say(device, generation, FromWorker::Connected, Vec::new());
             }
             Do::StepDone(step) if acts && !process.stalled => self.step_done(device, generation, step),
+            Do::Evaluated if acts && !process.stalled => {
+                if process.rank == Some(Rank(0)) {
+                    let (step, loss_sum) = (process.step, 1.0);
+                    let evaluated = FromWorker::Evaluated { step, loss_sum, num_tokens: 64 };
+                    self.say(device, generation, evaluated, Vec::new());
+                }
+                self.arrive(device);
+            }
             Do::Blame if acts && !process.stalled => {
                 let group =
                     self.groups.get(&generation).map(|group| group.devices.clone()).unwrap_or_default();
@@ -228,6 +236,7 @@ impl World {
         let rank = process.rank.unwrap_or(Rank(0));
         let stopped = self.stop_after.get(&generation) == Some(&step);
         let last = process.step == process.end_step || stopped;
+        let is_second = step == 1 || step == crate::driver::STEPS[0] + 1;
         process.enter(self.now, None);
         let mut loss = worker::loss(generation, step);
         if self.scenario.nan_from.is_some_and(|from| step >= from) {
@@ -253,6 +262,11 @@ impl World {
             if let Some(process) = self.processes.get_mut(device) {
                 process.training = false;
             }
+        } else if let Some(compile_ns) = self.scenario.compile_ns.filter(|_| is_second) {
+            if let Some(process) = self.processes.get_mut(device) {
+                process.waits = rank != Rank(0);
+            }
+            self.after(compile_ns, compile_ns + MS, Happening::Worker(device.clone(), Do::Evaluated));
         } else {
             self.arrive(device);
         }

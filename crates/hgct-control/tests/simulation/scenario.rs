@@ -54,6 +54,8 @@ pub(crate) struct Scenario {
     pub(crate) nan_from: Option<u64>,
     /// Rank 0 reports another loss at this step.
     pub(crate) wrong_at: Option<u64>,
+    /// After the second step of a load there is an evaluation, and rank 0 compiles for so long.
+    pub(crate) compile_ns: Option<u64>,
 }
 
 /// Holds and pauses up to here hurt nobody.
@@ -72,7 +74,8 @@ impl Scenario {
             }
         }
         let delay_ns = *random.pick(&[MS, 20 * MS, 150 * MS]);
-        Self { seed, nodes, workers, delay_ns, faults: Vec::new(), nan_from: None, wrong_at: None }
+        let (faults, nan_from, wrong_at, compile_ns) = (Vec::new(), None, None, None);
+        Self { seed, nodes, workers, delay_ns, faults, nan_from, wrong_at, compile_ns }
     }
 
     pub(crate) fn random(seed: u64) -> Self {
@@ -96,6 +99,9 @@ impl Scenario {
             0 => scenario.nan_from = Some(random.range(0, 8)),
             1 => scenario.wrong_at = Some(random.range(0, 10)),
             _ => {}
+        }
+        if random.chance(20) {
+            scenario.compile_ns = Some(random.range(6 * SECOND, 9 * SECOND));
         }
         scenario
     }

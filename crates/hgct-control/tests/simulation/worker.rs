@@ -23,6 +23,8 @@ pub(crate) struct Process {
     pub(crate) generation: Generation,
     pub(crate) rank: Option<Rank>,
     pub(crate) action: Option<Operation>,
+    /// Outside of an action it waits for others.
+    pub(crate) waits: bool,
     pub(crate) since_ns: u64,
     pub(crate) step: u64,
     pub(crate) end_step: u64,
@@ -46,6 +48,7 @@ impl Process {
             generation: Generation::default(),
             rank: None,
             action: None,
+            waits: false,
             since_ns: clock_ns,
             step: 0,
             end_step: 0,
@@ -69,6 +72,7 @@ impl Process {
     pub(crate) fn enter(&mut self, now_ns: u64, action: Option<Operation>) {
         self.completed += u64::from(self.action.is_some());
         self.action = action;
+        self.waits = false;
         self.since_ns = now_ns + self.clock_ns;
     }
 
@@ -78,6 +82,7 @@ impl Process {
             now_ns: now_ns + self.clock_ns,
             step: self.step,
             action: self.action.map(|operation| Action { stage, operation, micro_batch: 0 }),
+            waits: self.waits,
             since_ns: self.since_ns,
             completed: self.completed,
             memory_bytes: 1,

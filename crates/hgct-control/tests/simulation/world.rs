@@ -39,6 +39,7 @@ pub(crate) enum Do {
     Say(Generation, Box<FromWorker>),
     Connected,
     StepDone(u64),
+    Evaluated,
     Blame,
     BlameHung(Rank),
     Exit(Exit),

@@ -89,6 +89,7 @@ fn beat(pipe: &Mutex<Pipe>, progress: &Progress, every: Duration) {
             now_ns: monotonic_ns(),
             step: look.step,
             action: look.action,
+            waits: look.waits,
             since_ns: look.since_ns,
             completed: look.completed,
             memory_bytes: resident_bytes(),

@@ -71,6 +71,8 @@ pub struct Trainer {
     progress: Arc<Progress>,
     num_updates: u64,
     collectives: u64,
+    /// Whether what an evaluation runs has been compiled.
+    has_evaluated: bool,
 }
 
 impl Trainer {
@@ -116,6 +118,7 @@ impl Trainer {
             progress,
             num_updates: 0,
             collectives: 0,
+            has_evaluated: false,
         })
     }
 

@@ -133,7 +133,11 @@ impl Trainer {
                 place.samples.clone().map(|position| (round * batch + position) % available).collect()
             };
             for action in self.evaluation.clone() {
-                let began = self.progress.begin(step, action);
+                let began = if self.has_evaluated {
+                    self.progress.begin(step, action)
+                } else {
+                    self.progress.begin_untold(step, action)
+                };
                 self.pass(
                     Pass::Evaluate,
                     EVALUATION | (step << 20) | round,
@@ -144,10 +148,14 @@ impl Trainer {
                 )?;
                 self.progress.end(step, action, began);
             }
+            // Every shape has come by in a round.
+            self.has_evaluated = true;
             loss += flow.losses.values().sum::<f64>();
         }
         let mut sums = [loss];
+        self.progress.outside(true);
         self.all_reduce(&mut sums)?;
+        self.progress.rest();
         // Evaluation is no part of a step's timeline.
         self.progress.take_spans();
         self.take_transfers(step);
