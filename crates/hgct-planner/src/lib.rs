@@ -11,6 +11,7 @@
 //! | [`cost`] | time and memory of stages, from the profile |
 //! | [`mod@simulate`] | a plan's step as a timeline |
 //! | [`bound`] | what no plan can beat |
+//! | [`instance`] | problems of thousands of devices as plain numbers, their answers and their price |
 //! | [`explain`] | why this plan: a table for people, serde for programs |
 //! | [`mod@lint`] | what is wrong with any plan, independent of the search |
 
@@ -22,6 +23,7 @@ mod evaluate;
 mod exchange;
 pub mod explain;
 mod fleet;
+pub mod instance;
 pub mod lint;
 mod plan;
 mod program;
