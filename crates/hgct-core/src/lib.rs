@@ -6,6 +6,8 @@
 //!
 //! | Module | Holds |
 //! | --- | --- |
+//! | [`accelerator`] | the catalogue of accelerators, each figure with its source |
+//! | [`architecture`] | any model the planner knows: parameters, flops and activations a layer |
 //! | [`ids`] | ranks, generations, runs, devices |
 //! | [`dtype`] | element types and memory kinds |
 //! | [`model`] | a Llama-family architecture read from a `config.json` |
@@ -13,6 +15,7 @@
 //! | [`init`] | initial parameters from (seed, tensor name, element index) |
 //! | [`sample`] | the order of samples, from (seed, step) alone |
 //! | [`cluster`] | nodes, devices, grants, links |
+//! | [`topology`] | a large cluster as groups of like nodes, for planning |
 //! | [`job`] | `job.toml`: model, data, recipe, policy |
 //! | [`profile`] | what was measured |
 //! | [`plan`] | the complete answer: stages, pipelines, owners, prediction |
@@ -21,6 +24,8 @@
 //! | [`timeline`] | start and end of every action, predicted or measured |
 //! | [`manifest`] | a checkpoint's table of contents |
 
+pub mod accelerator;
+pub mod architecture;
 pub mod canonical;
 pub mod check;
 pub mod cluster;
@@ -38,5 +43,6 @@ pub mod schedule;
 pub mod slice;
 pub mod suggest;
 pub mod timeline;
+pub mod topology;
 
 pub use error::{Error, Result};

@@ -393,10 +393,10 @@ const ROPE_KEYS: &[&str] = &[
 ];
 
 /// A JSON object with its place, for errors.
-struct Config<'a> {
-    file: &'a str,
-    map: &'a Map<String, Value>,
-    path: &'static str,
+pub(crate) struct Config<'a> {
+    pub(crate) file: &'a str,
+    pub(crate) map: &'a Map<String, Value>,
+    pub(crate) path: &'static str,
 }
 
 impl Config<'_> {
@@ -509,7 +509,7 @@ impl Config<'_> {
         }
     }
 
-    fn count(&self, key: &str, default: Option<u32>) -> Result<u32> {
+    pub(crate) fn count(&self, key: &str, default: Option<u32>) -> Result<u32> {
         match (self.map.get(key), default) {
             (None | Some(Value::Null), Some(default)) => Ok(default),
             (Some(value), _) if value.as_u64().is_some_and(|n| (1..=1 << 24).contains(&n)) => {
@@ -529,7 +529,7 @@ impl Config<'_> {
         }
     }
 
-    fn bad(&self, key: &str, allowed: String) -> Error {
+    pub(crate) fn bad(&self, key: &str, allowed: String) -> Error {
         Error::Value {
             file: self.file.into(),
             key: format!("{}{key}", self.path),
