@@ -125,6 +125,16 @@ pub struct Pipeline {
     pub num_micro_batches: u32,
     /// How they are ordered.
     pub schedule: ScheduleKind,
+    /// Under 1F1B: forwards for each later stage that a stage is ahead of the fewest, so that none
+    /// waits for a way between them that takes longer than a micro-batch. Activations of as many
+    /// more micro-batches are kept.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub run_ahead: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands out a reference")]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 /// How a pipeline orders its micro-batches.
@@ -229,6 +239,12 @@ impl StageInstance {
 }
 
 impl Pipeline {
+    /// Forwards of the stage at `position` before its first backward under 1F1B, where there are as
+    /// many micro-batches.
+    pub fn warm_up(&self, position: usize) -> usize {
+        self.stages.len().saturating_sub(position + 1).saturating_mul(self.run_ahead as usize + 1)
+    }
+
     /// Samples a step.
     pub fn num_samples(&self) -> u64 {
         u64::from(self.micro_batch) * u64::from(self.num_micro_batches)

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::canonical::Hash;
 use crate::ids::Rank;
-use crate::plan::{Plan, ScheduleKind, StageId};
+use crate::plan::{Pipeline, Plan, ScheduleKind, StageId};
 use crate::{Error, Result};
 
 /// What an action does.
@@ -162,7 +162,7 @@ impl Schedule {
                 }
                 let ids = plan.micro_batches_of(index);
                 let order = if train {
-                    compute_order(pipeline.schedule, depth, position, ids)?
+                    compute_order(pipeline, position, ids)?
                 } else {
                     ids.map(|micro_batch| (Operation::Forward, micro_batch)).collect()
                 };
@@ -259,15 +259,15 @@ impl fmt::Display for Schedule {
     }
 }
 
-/// Order of forwards and backwards of one stage, `position` of `depth`.
+/// Order of forwards and backwards of the stage at `position`.
 fn compute_order(
-    kind: ScheduleKind,
-    depth: usize,
+    pipeline: &Pipeline,
     position: usize,
     ids: std::ops::Range<u32>,
 ) -> Result<Vec<(Operation, u32)>> {
+    let kind = pipeline.schedule;
     let warm_up = match kind {
-        ScheduleKind::OneForwardOneBackward => (depth - position - 1).min(ids.len()),
+        ScheduleKind::OneForwardOneBackward => pipeline.warm_up(position).min(ids.len()),
         ScheduleKind::GPipe => ids.len(),
         ScheduleKind::Interleaved | ScheduleKind::ZeroBubble => {
             return Err(Error::NotYet {

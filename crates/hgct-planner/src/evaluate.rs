@@ -31,6 +31,8 @@ impl Sketch {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Evaluated {
     pub(crate) sketch: Sketch,
+    /// Of its pipelines of more than one stage.
+    pub(crate) run_ahead: u32,
     pub(crate) step_ns: u64,
     /// One a rank.
     pub(crate) weights: Vec<f64>,
@@ -73,7 +75,7 @@ impl Sketch {
     /// takes from everybody's time however it is spread.
     pub(crate) fn least_ns(&self, fleet: &Fleet<'_>) -> u64 {
         let alone = self.pipelines.iter().map(|(choice, num)| choice.least_ns(*num)).max().unwrap_or(0);
-        let takers = self.takers(fleet, false);
+        let takers = self.takers(fleet, 0, false);
         let total = self.shared_elements(fleet);
         let level = spread(&takers, total as f64).map_or(f64::INFINITY, |(level, _)| level);
         // The level is rounded down so that floating point cannot lift the bound.
@@ -87,7 +89,7 @@ impl Sketch {
 
     /// By stage: when it is done with all but what it owns of what is shared, and the cost of that.
     /// `with_waits`: bubbles count as busy (for choosing owners; not a bound).
-    fn takers(&self, fleet: &Fleet<'_>, with_waits: bool) -> Vec<Taker> {
+    fn takers(&self, fleet: &Fleet<'_>, run_ahead: u32, with_waits: bool) -> Vec<Taker> {
         let num_holders = self.pipelines.len() as u64;
         self.stages()
             .map(|(p, at, stage)| {
@@ -109,7 +111,7 @@ impl Sketch {
                 // the rank's own: then all others' come in and go out.
                 let crossing = 2.0 * (ELEMENT_BYTES * cost.send_ps_per_byte) as f64 / 1000.0;
                 let work = (cost.reduce_ps_per_element * num_holders + cost.update_ps_per_element) as f64;
-                let load = self.load(fleet, p, at, &layers, 0);
+                let load = self.load(fleet, run_ahead, (p, at), &layers, 0);
                 let memory = cost.memory(&fleet.shape, load, device.limit.device_bytes > 0);
                 let room = memory.map_or(0, |m| device.limit.host_bytes.saturating_sub(m.host_bytes));
                 Taker {
@@ -124,17 +126,18 @@ impl Sketch {
     fn load<'a>(
         &self,
         fleet: &Fleet<'_>,
-        pipeline: usize,
-        position: usize,
+        run_ahead: u32,
+        (pipeline, position): (usize, usize),
         layers: &'a std::ops::Range<u32>,
         owned: u64,
     ) -> StageLoad<'a> {
         let (choice, num) = &self.pipelines[pipeline];
         let depth = choice.stages.len();
+        let later = (depth - position - 1) as u32;
         StageLoad {
             layers,
             micro_batch: choice.micro_batch,
-            in_flight: in_flight(fleet, depth, position, choice.micro_batch).min(*num),
+            in_flight: (in_flight(fleet, depth, position, choice.micro_batch) + later * run_ahead).min(*num),
             recompute: choice.stages[position].recompute,
             owned,
             num_holders: self.pipelines.len() as u64,
@@ -146,6 +149,7 @@ impl Sketch {
         &self,
         fleet: &Fleet<'_>,
         ranked: &Ranked,
+        run_ahead: u32,
         owned: &[u64],
     ) -> std::result::Result<Vec<Memory>, Error> {
         let mut memories = vec![Memory::default(); ranked.devices.len()];
@@ -153,7 +157,7 @@ impl Sketch {
         for ((p, at, stage), rank) in self.stages().zip(&ranked.stage_ranks) {
             let (device, cost) = fleet.of_class(stage.class);
             let layers = stage.first_layer..stage.end_layer;
-            let load = self.load(fleet, p, at, &layers, owned[*rank]);
+            let load = self.load(fleet, run_ahead, (p, at), &layers, owned[*rank]);
             let memory = cost.memory(&fleet.shape, load, device.limit.device_bytes > 0).unwrap_or_default();
             let missing_bytes = device.limit.missing(memory);
             if missing_bytes > 0 {
@@ -179,26 +183,54 @@ impl Sketch {
         Ok(memories)
     }
 
-    /// Simulates with each way to choose owners and keeps the fastest; `None` where memory does not
-    /// allow any.
+    /// Simulates and keeps the fastest; `None` where memory does not allow any. Stages run ahead as
+    /// long as that helps, which it does where the way between them takes longer than their work.
     pub(crate) fn evaluate(&self, fleet: &Fleet<'_>) -> Result<Option<Evaluated>> {
+        let Some(mut best) = self.evaluate_ahead(fleet, 0)? else { return Ok(None) };
+        if self.is_held_up_by_links(fleet) {
+            for run_ahead in (0..5).map(|power| 1 << power) {
+                match self.evaluate_ahead(fleet, run_ahead)? {
+                    Some(found) if found.step_ns < best.step_ns => best = found,
+                    _ => break,
+                }
+            }
+        }
+        Ok(Some(best))
+    }
+
+    /// Whether the way to a neighbouring stage and back is a considerable part of a micro-batch.
+    fn is_held_up_by_links(&self, fleet: &Fleet<'_>) -> bool {
+        self.pipelines.iter().any(|(choice, _)| {
+            let bytes = fleet.shape.edge_bytes_per_sample * u64::from(choice.micro_batch);
+            let way = |pair: &[crate::choices::ChoiceStage]| {
+                let link = fleet.link(pair[0].class, pair[1].class);
+                link.latency_ns.saturating_add(link.occupied_ns(bytes))
+            };
+            let longest = choice.stages.windows(2).map(way).max().unwrap_or(0);
+            let work = choice.stages.iter().map(|stage| stage.slope_ns).max().unwrap_or(0);
+            longest > work / 8
+        })
+    }
+
+    /// Simulates with each way to choose owners and keeps the fastest.
+    fn evaluate_ahead(&self, fleet: &Fleet<'_>, run_ahead: u32) -> Result<Option<Evaluated>> {
         let ranked = self.ranked(fleet);
         let costs = fleet.costs.select(&ranked.devices);
-        let plan = self.bare_plan(fleet, &ranked);
+        let plan = self.bare_plan(fleet, &ranked, run_ahead);
         let schedule = Schedule::of(&plan)?;
         let placed: Vec<_> = plan.stages.iter().map(|s| (s.rank().index(), s.layers())).collect();
         let mut best: Option<Evaluated> = None;
         let mut seen = Vec::new();
-        for weights in self.owner_weights(fleet, &ranked, &costs) {
+        for weights in self.owner_weights(fleet, &ranked, run_ahead, &costs) {
             let groups = groups(&fleet.shape, &placed, &weights);
             if seen.contains(&groups)
-                || self.memory(fleet, &ranked, &owned(&groups, ranked.devices.len())).is_err()
+                || self.memory(fleet, &ranked, run_ahead, &owned(&groups, ranked.devices.len())).is_err()
             {
                 continue;
             }
             let step_ns = step_ns(&plan, &schedule, &groups, &fleet.shape, &costs, Pricing::ALL)?;
             if best.as_ref().is_none_or(|b| step_ns < b.step_ns) {
-                best = Some(Evaluated { sketch: self.clone(), step_ns, weights });
+                best = Some(Evaluated { sketch: self.clone(), run_ahead, step_ns, weights });
             }
             seen.push(groups);
         }
@@ -207,11 +239,17 @@ impl Sketch {
 
     /// Ways to choose owners: by slack (so that all ranks are done at the same time), by the speed
     /// of the update, evenly.
-    fn owner_weights(&self, fleet: &Fleet<'_>, ranked: &Ranked, costs: &Costs) -> Vec<Vec<f64>> {
+    fn owner_weights(
+        &self,
+        fleet: &Fleet<'_>,
+        ranked: &Ranked,
+        run_ahead: u32,
+        costs: &Costs,
+    ) -> Vec<Vec<f64>> {
         let num = ranked.devices.len();
         let mut ways = Vec::new();
         if self.pipelines.len() > 1 {
-            let takers = self.takers(fleet, true);
+            let takers = self.takers(fleet, run_ahead, true);
             if let Some((_, shares)) = spread(&takers, self.shared_elements(fleet) as f64) {
                 let mut weights = vec![0.0; num];
                 for (share, rank) in shares.iter().zip(&ranked.stage_ranks) {
@@ -230,7 +268,7 @@ impl Sketch {
     }
 
     /// A plan without owners, hash and prediction.
-    fn bare_plan(&self, fleet: &Fleet<'_>, ranked: &Ranked) -> Plan {
+    fn bare_plan(&self, fleet: &Fleet<'_>, ranked: &Ranked, run_ahead: u32) -> Plan {
         let none = hgct_core::canonical::Hash::of_bytes(b"");
         let mut stages = Vec::new();
         let mut pipelines = Vec::new();
@@ -250,6 +288,7 @@ impl Sketch {
                 micro_batch: choice.micro_batch,
                 num_micro_batches: *num,
                 schedule: ScheduleKind::OneForwardOneBackward,
+                run_ahead: if choice.stages.len() > 1 { run_ahead } else { 0 },
             });
         }
         Plan {
@@ -317,7 +356,8 @@ impl Evaluated {
                 .enumerate()
                 .map(|(i, s)| (Rank(ranked.stage_ranks[at + i] as u32), s.end_layer - s.first_layer))
                 .collect();
-            builder = builder.pipeline(choice.micro_batch, *num, &stages);
+            let run_ahead = if stages.len() > 1 { self.run_ahead } else { 0 };
+            builder = builder.pipeline(choice.micro_batch, *num, &stages).run_ahead(run_ahead);
             for (stage, (rank, _)) in choice.stages.iter().zip(&stages) {
                 if stage.recompute {
                     builder = builder.recompute(*rank);

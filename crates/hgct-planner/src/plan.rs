@@ -267,7 +267,7 @@ fn finish(
     let simulation = simulate(&plan, input.profile)?;
     let ranked = best.sketch.ranked(fleet);
     let groups: Vec<Group> = plan.owners.iter().map(Group::of).collect();
-    let memory = best.sketch.memory(fleet, &ranked, &owned(&groups, plan.ranks.len()))?;
+    let memory = best.sketch.memory(fleet, &ranked, best.run_ahead, &owned(&groups, plan.ranks.len()))?;
     let explanation = explain(fleet, best, &plan, &simulation, &memory, outcome, without, rejected)?;
     let gain = |d: &usize| {
         let class = fleet.classes.iter().position(|class| class.devices.contains(d))?;

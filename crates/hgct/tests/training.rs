@@ -82,6 +82,23 @@ impl Bench {
     }
 
     fn plan(&self, name: &str, engines: &[&str], pipelines: &[PipelineShape<'_>]) -> PathBuf {
+        self.plan_with(name, engines, |mut builder| {
+            for (micro_batch, number, stages) in pipelines {
+                let stages: Vec<(Rank, u32)> =
+                    stages.iter().map(|(rank, layers)| (Rank(*rank), *layers)).collect();
+                builder = builder.pipeline(*micro_batch, *number, &stages);
+            }
+            builder
+        })
+    }
+
+    /// A plan on these engines with what `shape` adds.
+    fn plan_with(
+        &self,
+        name: &str,
+        engines: &[&str],
+        shape: impl FnOnce(PlanBuilder) -> PlanBuilder,
+    ) -> PathBuf {
         let model = ModelSpec::from_config_json("config.json", CONFIG).unwrap();
         let rank = |engine: &&str| PlanRank {
             device: DeviceId::new(format!("local/{engine}:0")).unwrap(),
@@ -89,12 +106,7 @@ impl Bench {
             node: NodeId::new("local").unwrap(),
             grant: Grant { cpu_millicores: 300, cores: vec![], threads: 1, memory_bytes: 1 << 30 },
         };
-        let mut builder = PlanBuilder::new(model, 32, 16).ranks(engines.iter().map(rank));
-        for (micro_batch, number, stages) in pipelines {
-            let stages: Vec<(Rank, u32)> =
-                stages.iter().map(|(rank, layers)| (Rank(*rank), *layers)).collect();
-            builder = builder.pipeline(*micro_batch, *number, &stages);
-        }
+        let builder = shape(PlanBuilder::new(model, 32, 16).ranks(engines.iter().map(rank)));
         let path = self.path(name);
         std::fs::write(&path, hgct_core::canonical::encode(&builder.build().unwrap())).unwrap();
         path
@@ -384,27 +396,64 @@ fn a_stop_saves_and_what_is_not_finite_is_skipped_by_all() {
     assert!(log.contains("was skipped on all ranks"), "{log}");
 }
 
+/// Medians over a run's steps under a plan, every message `delay` milliseconds late: milliseconds a
+/// step, and exposed communication of each rank.
+fn with_late_wire(bench: &Bench, name: &str, plan: &Path, delay: &str) -> (f64, Vec<f64>) {
+    let id = Bench::id(name);
+    let (code, log) = bench.train(&id, plan, &["--run", &id, "--wire-delay-ms", delay]);
+    assert_eq!(code, 0, "{log}");
+    let text = std::fs::read_to_string(bench.run_folder(&id).join("metrics.jsonl")).unwrap();
+    let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps: Vec<&Value> = rows.iter().filter(|row| row["type"] == "step").collect();
+    let median = |of: &dyn Fn(&Value) -> f64| {
+        let mut values: Vec<f64> = steps.iter().map(|row| 1e3 * of(row)).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let ranks = steps[0]["devices"].as_array().unwrap().len();
+    let exposed = |rank: usize| {
+        median(&|row: &Value| row["devices"][rank]["exposed_communication_seconds"].as_f64().unwrap())
+    };
+    (median(&|row: &Value| row["step_seconds"].as_f64().unwrap()), (0..ranks).map(exposed).collect())
+}
+
 #[test]
-fn a_late_wire_is_not_waited_for_message_by_message() {
+fn a_wire_50_ms_late_hides_behind_compute() {
     let _machine = machine();
     let Some(bench) = Bench::new(12, 0) else { return };
-    let plan = bench.plan("two.json", &["torch", "jax"], &[(1, 16, &[(0, 3), (1, 3)])]);
-    let step_ms = |name: &str, delay: &str| {
-        let id = Bench::id(name);
-        let (code, log) = bench.train(&id, &plan, &["--run", &id, "--wire-delay-ms", delay]);
-        assert_eq!(code, 0, "{log}");
-        let text = std::fs::read_to_string(bench.run_folder(&id).join("metrics.jsonl")).unwrap();
-        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let mut seconds: Vec<f64> =
-            rows.filter(|row| row["type"] == "step").filter_map(|row| row["step_seconds"].as_f64()).collect();
-        seconds.sort_by(f64::total_cmp);
-        1e3 * seconds[seconds.len() / 2]
+    // The first rank sets the pace and updates everything; the second's gradients and scalars are
+    // there before it is done, and the second has its new parameters long before it is needed again.
+    let plan = bench.plan_with("slack.json", &["torch", "jax"], |builder| {
+        builder.pipeline(1, 14, &[(Rank(0), 6)]).pipeline(1, 2, &[(Rank(1), 6)]).owner_weights(vec![1.0, 0.0])
+    });
+    let (plain, _) = with_late_wire(&bench, "slack", &plan, "0");
+    let (late, exposed) = with_late_wire(&bench, "slack-late", &plan, "50");
+    println!("a step takes {plain:.0} ms, {late:.0} ms on a wire 50 ms late; exposed {exposed:.0?} ms");
+    assert!(exposed[0] < 50.0, "{exposed:?} ms of communication are exposed");
+    // Gradient, norm and parameters would be three ways one after another.
+    assert!(late - plain < 100.0, "{plain} ms became {late} ms");
+}
+
+#[test]
+fn stages_that_run_ahead_wait_for_a_late_wire_at_the_ends_of_a_step_alone() {
+    let _machine = machine();
+    let Some(bench) = Bench::new(12, 0) else { return };
+    let plan = |name: &str, run_ahead: u32| {
+        bench.plan_with(name, &["torch", "jax"], |builder| {
+            builder.pipeline(1, 16, &[(Rank(0), 3), (Rank(1), 3)]).run_ahead(run_ahead)
+        })
     };
-    let (plain, late) = (step_ms("plain", "0"), step_ms("late", "50"));
-    // 16 micro-batches go there and back: 1,600 ms if each were waited for by itself. Two stages have
-    // two in flight, and these compute for less than the way takes, so half of it cannot be hidden.
-    println!("a step takes {plain:.0} ms, {late:.0} ms with every message 50 ms late");
-    assert!(late - plain < 16.0 * 2.0 * 50.0 / 2.0 + 150.0, "{plain} ms became {late} ms");
+    let (plain, _) = with_late_wire(&bench, "plain", &plan("plain.json", 0), "0");
+    let (waiting, _) = with_late_wire(&bench, "waiting", &plan("waiting.json", 0), "50");
+    let (ahead, _) = with_late_wire(&bench, "ahead", &plan("ahead.json", 15), "50");
+    // 16 micro-batches go there and back: 1,600 ms if each were waited for by itself. In plain 1F1B
+    // two are in flight; with all in flight a step waits for the first activation, the last
+    // gradient and the norm.
+    println!(
+        "a step takes {plain:.0} ms; with every message 50 ms late {waiting:.0} ms, ahead {ahead:.0} ms"
+    );
+    assert!(ahead - plain < 250.0, "{plain} ms became {ahead} ms");
+    assert!(ahead < waiting, "running ahead did not help: {waiting} ms, {ahead} ms");
 }
 
 #[test]

@@ -100,6 +100,7 @@ impl PlanBuilder {
             micro_batch,
             num_micro_batches,
             schedule: ScheduleKind::OneForwardOneBackward,
+            run_ahead: 0,
         });
         self
     }
@@ -109,6 +110,15 @@ impl PlanBuilder {
     pub fn schedule_kind(mut self, kind: ScheduleKind) -> Self {
         if let Some(pipeline) = self.plan.pipelines.last_mut() {
             pipeline.schedule = kind;
+        }
+        self
+    }
+
+    /// Lets the stages of the last pipeline so far run ahead by so many forwards a later stage.
+    #[must_use]
+    pub fn run_ahead(mut self, run_ahead: u32) -> Self {
+        if let Some(pipeline) = self.plan.pipelines.last_mut() {
+            pipeline.run_ahead = run_ahead;
         }
         self
     }

@@ -66,6 +66,10 @@ fn the_dry_run_counts_micro_batches_in_flight() {
         .build()
         .unwrap();
     assert_eq!(Schedule::of(&gpipe).unwrap().dry_run(&gpipe).unwrap(), [8, 8]);
+    let mut ahead = three_stages();
+    ahead.pipelines[0].run_ahead = 1;
+    let most = Schedule::of(&ahead).unwrap().dry_run(&ahead).unwrap();
+    assert_eq!(most, [5, 3, 1].map(|n: u32| n.min(ahead.pipelines[0].num_micro_batches)));
 }
 
 #[test]

@@ -65,6 +65,27 @@ fn alike_devices_divide_the_batch_evenly() {
 }
 
 #[test]
+fn stages_run_ahead_where_the_way_between_them_is_long() {
+    let mut instance = Shape::four_kinds().build();
+    instance.job.policy.shape = PlanShape::Pipeline;
+    assert_eq!(planned(&instance).plan.pipelines[0].run_ahead, 0);
+    for link in &mut instance.profile.links {
+        link.latency_ns = 20_000_000;
+    }
+    let late = planned(&instance);
+    assert!(late.plan.pipelines[0].run_ahead > 0);
+    let mut waiting = late.plan.clone();
+    waiting.pipelines[0].run_ahead = 0;
+    let waiting = simulate(&waiting, &instance.profile).unwrap();
+    assert!(
+        late.explanation.step_ns < waiting.step_ns * 9 / 10,
+        "{} {}",
+        late.explanation.step_ns,
+        waiting.step_ns
+    );
+}
+
+#[test]
 fn policy_decides_the_shape() {
     let mut instance = Shape::four_kinds().build();
     let any = planned(&instance).explanation.step_ns;
