@@ -111,6 +111,21 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The catalogue does not know how fast a card is in a dtype.
+    #[error(
+        "group {group}: the catalogue knows no rate of {kind} in {dtype} (it knows: {known}); choose another \
+         --precision, or add the figure to the accelerator's file"
+    )]
+    NoRate {
+        /// The accelerator.
+        kind: String,
+        /// The group of nodes.
+        group: String,
+        /// The dtype of arithmetic.
+        dtype: &'static str,
+        /// Dtypes whose rate is known.
+        known: String,
+    },
     /// The search was ended before it had any plan.
     #[error("the search was ended before it had a plan; give it a larger budget")]
     Budget,

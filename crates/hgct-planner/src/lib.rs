@@ -11,6 +11,7 @@
 //! | [`cost`] | time and memory of stages, from the profile |
 //! | [`mod@simulate`] | a plan's step as a timeline |
 //! | [`bound`] | what no plan can beat |
+//! | [`estimate`] | such a problem from public figures of cards, with an interval, or from a profile |
 //! | [`instance`] | problems of thousands of devices as plain numbers, their answers and their price |
 //! | [`explain`] | why this plan: a table for people, serde for programs |
 //! | [`mod@lint`] | what is wrong with any plan, independent of the search |
@@ -19,6 +20,7 @@ pub mod bound;
 mod choices;
 pub mod cost;
 mod error;
+pub mod estimate;
 mod evaluate;
 mod exchange;
 pub mod explain;

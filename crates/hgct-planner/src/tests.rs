@@ -1,5 +1,5 @@
 //! Whole instances: search against brute force, bounds, memory, text.
 
 mod brute;
-mod fixture;
+pub(crate) mod fixture;
 mod plans;
