@@ -1,6 +1,6 @@
 //! The owner's side: slices in, safetensors bytes out, in pieces.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use hgct_core::dtype::DType;
 use hgct_core::ids::Rank;
@@ -32,14 +32,14 @@ pub struct Chunk {
 /// than loaded in part.
 pub struct ShardWriter<D> {
     header: Vec<u8>,
-    /// In the order of the file.
-    data: Vec<D>,
+    /// What is not written yet, in the order of the file: each goes once it is.
+    data: VecDeque<D>,
     entries: Vec<ShardEntry>,
     size_bytes: u64,
     /// Bytes given out.
     offset: u64,
-    /// The next element: which of `data`, and where in it.
-    next: (usize, usize),
+    /// The next element of the first of `data`.
+    next: usize,
 }
 
 /// Row ranges that follow each other, as indices of the given tensors.
@@ -105,7 +105,7 @@ impl<D: AsRef<[f32]>> ShardWriter<D> {
         let size_bytes = header.len() as u64 + headers.iter().map(Tensor::size_bytes).sum::<u64>();
         let mut given: Vec<Option<D>> = tensors.into_iter().map(|(_, _, data)| Some(data)).collect();
         let data = items.into_iter().filter_map(|index| given[index].take()).collect();
-        Ok(Self { header, data, entries, size_bytes, offset: 0, next: (0, 0) })
+        Ok(Self { header, data, entries, size_bytes, offset: 0, next: 0 })
     }
 
     /// Length of the whole file.
@@ -128,15 +128,17 @@ impl<D: AsRef<[f32]>> ShardWriter<D> {
         let header = &self.header[self.header.len().min(offset as usize)..];
         out.extend_from_slice(&header[..header.len().min(CHUNK_BYTES)]);
         // Both the header and the chunk are whole numbers of elements long.
-        while out.len() < CHUNK_BYTES && self.next.0 < self.data.len() {
-            let elements = &self.data[self.next.0].as_ref()[self.next.1..];
+        while out.len() < CHUNK_BYTES
+            && let Some(first) = self.data.front()
+        {
+            let elements = &first.as_ref()[self.next..];
             let count = elements.len().min((CHUNK_BYTES - out.len()) / 4);
             out.extend(elements[..count].iter().flat_map(|x| x.to_le_bytes()));
-            self.next = if count == elements.len() {
-                (self.next.0 + 1, 0)
-            } else {
-                (self.next.0, self.next.1 + count)
-            };
+            self.next += count;
+            if count == elements.len() {
+                self.data.pop_front();
+                self.next = 0;
+            }
         }
         self.offset += out.len() as u64;
         Some(Chunk { offset, last: self.offset == self.size_bytes })

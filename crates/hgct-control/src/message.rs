@@ -572,6 +572,6 @@ pub struct StepReport {
     pub exposed_communication_ns: u64,
     /// CPU time of the process inside of forward and backward actions, nanoseconds.
     pub compute_cpu_ns: u64,
-    /// Resident memory, bytes.
+    /// Largest resident memory since the plan was loaded, bytes.
     pub memory_bytes: u64,
 }

@@ -53,7 +53,7 @@ pub struct DeviceProfile {
     pub send_ps_per_byte: u64,
     /// Nanoseconds that an action costs beside its layers (call, bookkeeping).
     pub action_overhead_ns: u64,
-    /// Resident bytes of a worker with its framework and no model.
+    /// Resident bytes of a worker whose framework has computed all kinds of layer, without a model.
     pub base_memory_bytes: u64,
 }
 
@@ -71,6 +71,10 @@ pub struct LayerProfile {
     pub backward: Spread,
     /// Bytes that one micro-batch in flight keeps alive, without recompute.
     pub activation_bytes: u64,
+    /// Bytes beside that while the layer is computed: gradients of activations and of one layer's
+    /// parameters, and what the framework's operators take.
+    #[serde(default)]
+    pub workspace_bytes: u64,
 }
 
 /// Median and spread of repeated measurements, nanoseconds.

@@ -259,6 +259,8 @@ pub(crate) fn in_flight(fleet: &Fleet<'_>, depth: usize, position: usize, micro_
 
 /// Bytes of host memory that each further owned element takes.
 pub(crate) fn owned_bytes(num_holders: u64) -> u64 {
-    // Master, m and v, and a buffer a contribution, less the buffer for its new value.
-    ELEMENT_BYTES * (3 + num_holders.saturating_sub(1)) - ELEMENT_BYTES
+    // Master, m and v, the sum and a buffer for each contribution of others, less the buffers that its
+    // gradient and new value would take elsewhere.
+    let others = num_holders.saturating_sub(1);
+    ELEMENT_BYTES * (3 + u64::from(others > 0) + others - 2)
 }

@@ -3,10 +3,13 @@
 //! A stage's forward is the sum of its layers' medians and one action's overhead; its backward the
 //! same, and with recompute another forward. Memory of a stage instance is
 //!
-//! - the engine's: parameters 4 B, gradients 4 B, activations by micro-batches in flight;
-//! - the owner's: master, m and v, 12 B for each parameter that it updates;
-//! - receive buffers: contributions to what it owns, new parameters of the rest, activations;
-//! - what a worker with its framework needs before any of this.
+//! - the engine's: parameters 4 B, gradients 4 B, activations by micro-batches in flight, and what the
+//!   layer that needs most of it takes while it is computed;
+//! - the owner's: master, m and v, 12 B for each parameter that it updates, and 4 B for the sum of
+//!   gradients where several are added;
+//! - messages: contributions to what it owns, gradients and new parameters of the rest, activations, and
+//!   shared memory with every peer;
+//! - what a worker with its framework needs beside all this.
 
 use std::ops::Range;
 
@@ -19,6 +22,9 @@ use crate::{Error, Result};
 
 /// Bytes of one f32 element: the dtype of compute and wire today.
 pub(crate) const ELEMENT_BYTES: u64 = 4;
+
+/// Shared memory of a worker with one peer, of the same host or not: 2 MiB in each direction.
+const PEER_BYTES: u64 = 4 << 20;
 
 /// What the cost model needs of a model, as numbers.
 #[derive(Debug, Clone)]
@@ -130,6 +136,8 @@ pub struct SizeCost {
     pub backward_ns: [u64; 3],
     /// What one micro-batch in flight keeps alive without recompute.
     pub activation_bytes: [u64; 3],
+    /// What one layer takes beside that while it is computed.
+    pub workspace_bytes: [u64; 3],
 }
 
 /// What one device costs.
@@ -211,14 +219,20 @@ impl DeviceCost {
     pub fn new(row: &DeviceProfile) -> Self {
         let kinds = [LayerKind::Embedding, LayerKind::Block, LayerKind::Head];
         let size = |micro_batch: u32| {
-            let mut cost =
-                SizeCost { micro_batch, forward_ns: [0; 3], backward_ns: [0; 3], activation_bytes: [0; 3] };
+            let mut cost = SizeCost {
+                micro_batch,
+                forward_ns: [0; 3],
+                backward_ns: [0; 3],
+                activation_bytes: [0; 3],
+                workspace_bytes: [0; 3],
+            };
             for kind in kinds {
                 let layer = row.layer(kind, micro_batch)?;
                 let k = kind_index(kind);
                 cost.forward_ns[k] = layer.forward.median_ns;
                 cost.backward_ns[k] = layer.backward.median_ns;
                 cost.activation_bytes[k] = layer.activation_bytes;
+                cost.workspace_bytes[k] = layer.workspace_bytes;
             }
             Some(cost)
         };
@@ -269,10 +283,17 @@ impl DeviceCost {
         let in_flight = u64::from(load.in_flight);
         // Recompute keeps a stage's input for each micro-batch, and one micro-batch in full.
         let activations = if load.recompute { in_flight * edge + full } else { in_flight * full };
-        let engine = 2 * ELEMENT_BYTES * parameters + activations;
-        let received = ELEMENT_BYTES
-            * (load.owned * load.num_holders.saturating_sub(1) + parameters.saturating_sub(load.owned));
-        let host = self.base_memory_bytes + 3 * ELEMENT_BYTES * load.owned + received + 2 * edge;
+        let workspace = (0..3).filter(|k| counts[*k] > 0).map(|k| size.workspace_bytes[k]).max().unwrap_or(0);
+        let engine = 2 * ELEMENT_BYTES * parameters + activations + workspace;
+        let others = load.num_holders.saturating_sub(1);
+        let sum = u64::from(others > 0);
+        let state = ELEMENT_BYTES * (3 + sum) * load.owned;
+        // A gradient on its way out and its parameter's new value on its way in.
+        let messages = ELEMENT_BYTES * (load.owned * others + 2 * parameters.saturating_sub(load.owned));
+        // Holders of the same parameters, and the stages before and after.
+        let neighbours = u64::from(load.layers.start > 0) + u64::from(load.layers.end < shape.num_layers);
+        let peers = PEER_BYTES * (others + neighbours);
+        let host = self.base_memory_bytes + state + messages + 2 * edge + peers;
         Some(if own_memory {
             // Gradients come out into host memory on their way to the owner.
             Memory { host_bytes: host + ELEMENT_BYTES * parameters, device_bytes: engine }

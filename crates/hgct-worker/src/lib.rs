@@ -4,6 +4,7 @@
 pub mod conformance;
 pub mod engine;
 mod error;
+mod memory;
 pub mod optimizer;
 pub mod profiling;
 pub mod reference;

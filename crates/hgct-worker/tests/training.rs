@@ -14,6 +14,7 @@ use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
 use hgct_core::slice::{Role, Slice};
 use hgct_data::TokenFile;
 use hgct_data::token_file::{Header, Width};
+use hgct_worker::optimizer::Values;
 use hgct_worker::reference::ReferenceEngine;
 use hgct_worker::train::{Progress, StepOutcome, Trainer, TrainerOptions};
 
@@ -79,7 +80,7 @@ fn plan(model: &ModelSpec, ranks: usize, pipelines: &[Pipeline<'_>], weights: &[
 }
 
 /// All state that ended on the ranks.
-type State = Vec<(Slice, Role, Vec<f32>)>;
+type State = Vec<(Slice, Role, Values)>;
 
 /// Trains `plan` from `start` to `end`, restoring `state` first; every rank's outcomes must agree.
 fn train(plan: &Plan, tokens: &Path, start: u64, end: u64, state: &State) -> (Vec<StepOutcome>, State, f64) {

@@ -12,6 +12,7 @@ mod environments;
 mod grants;
 mod job;
 mod metrics;
+mod plain_loops;
 mod process;
 mod report;
 mod session;

@@ -10,6 +10,7 @@ Shapes: b sequences of s tokens, d hidden size, V vocabulary. Layer 0 is the emb
 from __future__ import annotations
 
 import ctypes
+import gc
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Callable, Iterable, Sequence
@@ -159,8 +160,10 @@ class Engine:
     def load(self, stages: Iterable[dict[str, Any]]) -> None:
         """Makes room for `stages`, parameters zero until imported. All before is forgotten."""
         self.stages.clear()
-        self.release()
-        for spec in stages:
+        gc.collect()
+        specs = list(stages)
+        self.release(idle=not specs)
+        for spec in specs:
             self.stages[spec["stage"]] = self._allocate(Model(spec["model"]), *spec["layers"], spec["recompute"])
 
     def import_tensors(self, stage: int, leases: Iterable[Sequence[Any]]) -> None:
@@ -222,7 +225,7 @@ class Engine:
         for layer in reversed(target.layers):
             dy = self.layer_backward(target, layer, saved.pop(), dy)
             if ready is not None:
-                ready(layer.index, [lend(name, self.host(target.gradients[name])) for name in layer.final])
+                ready(layer.index, [lend(name, self.gradient(target, name)) for name in layer.final])
         return [] if target.has_embedding else [lend("hidden", self.host(dy))]
 
     def evaluate(self, stage: int, inputs: Sequence[Lease]) -> list[Lease]:
@@ -250,8 +253,8 @@ class Engine:
         """`framework`, `version`, `device`, and what differs from the defaults of `describe`."""
         raise NotImplementedError
 
-    def release(self) -> None:
-        """Gives cached memory back after the stages are gone."""
+    def release(self, idle: bool) -> None:
+        """Gives cached memory back after the stages are gone; `idle`: none take their place."""
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
         """A parameter of zeros on the device."""
@@ -276,6 +279,10 @@ class Engine:
     def host(self, tensor: Any) -> np.ndarray:
         """The finished value of `tensor` in host memory, not copied where that is possible."""
         raise NotImplementedError
+
+    def gradient(self, stage: Stage, name: str) -> np.ndarray:
+        """The finished sum of a parameter's gradients in host memory."""
+        return self.host(stage.gradients[name])
 
     def layer_forward(self, stage: Stage, layer: Layer, x: Any, labels: Any) -> tuple[Any, Any]:
         """A layer's output, and what its backward needs. With the head, the sum of the losses [1]."""

@@ -46,6 +46,11 @@ class JaxEngine(Engine):
         device = f"{self.place.platform}:{self.place.id}"
         return {"framework": "jax", "version": jax.__version__, "device": device, "memory_bytes": memory}
 
+    def release(self, idle: bool) -> None:
+        if idle:
+            # Compiled programs take tens of megabytes; they come back from the cache on disk.
+            jax.clear_caches()
+
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return jnp.zeros(shape, jnp.float32)
 

@@ -30,13 +30,16 @@ class MlxEngine(Engine):
         try:
             mx.set_default_device(mx.Device(kinds[platform], int(index or 0)))
             mx.eval(mx.zeros(1))
+            if kinds[platform] == mx.cpu:
+                # The process's heap keeps what is free as well, and for all sizes at once.
+                mx.set_cache_limit(0)
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"MLX cannot open device {device!r}: {error}") from error
 
     def facts(self) -> dict[str, Any]:
         return {"framework": "mlx", "version": mx.__version__, "device": str(mx.default_device())}
 
-    def release(self) -> None:
+    def release(self, idle: bool) -> None:
         mx.clear_cache()
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
@@ -62,6 +65,11 @@ class MlxEngine(Engine):
         tensor = mx.contiguous(tensor)
         mx.eval(tensor)
         return np.array(tensor, copy=False)
+
+    def gradient(self, stage: Stage, name: str) -> np.ndarray:
+        # In place of the one that may lie in columns, not beside it.
+        stage.gradients[name] = mx.contiguous(stage.gradients[name])
+        return self.host(stage.gradients[name])
 
     def layer_forward(self, stage: Stage, layer: Layer, x: Array, labels: Array | None) -> tuple[Array, Any]:
         tape = None if stage.recompute else Tape()

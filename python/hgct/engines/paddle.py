@@ -33,7 +33,7 @@ class PaddleEngine(Engine):
     def facts(self) -> dict[str, Any]:
         return {"framework": "paddle", "version": paddle.__version__, "device": paddle.get_device()}
 
-    def release(self) -> None:
+    def release(self, idle: bool) -> None:
         if self.place != "cpu":
             paddle.device.empty_cache()
 

@@ -32,7 +32,7 @@ class TorchEngine(Engine):
             facts["memory_bytes"] = runtime.mem_get_info(self.place)[1] if hasattr(runtime, "mem_get_info") else None
         return facts
 
-    def release(self) -> None:
+    def release(self, idle: bool) -> None:
         if self.place.type != "cpu":
             getattr(torch, self.place.type).empty_cache()
 

@@ -145,6 +145,7 @@ impl Shape {
                     forward: spread(forward),
                     backward: spread(2 * forward * noise(k as u64 + 8) / 1000),
                     activation_bytes: u64::from(*size) * [1 << 16, 6 << 20, 4 << 20][k],
+                    workspace_bytes: 0,
                 });
             }
         }

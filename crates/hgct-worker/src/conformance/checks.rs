@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use hgct_core::model::{ModelSpec, RopeScaling};
 
 use crate::engine::{Edge, Engine, ImportRows, Lease};
+use crate::memory::resident_bytes;
 use crate::reference::ReferenceEngine;
-use crate::runtime::resident_bytes;
 
 use super::case::{Case, STAGE, normal, record, small_model, text, wait};
 use super::compare::{Value, first_difference, largest_error};

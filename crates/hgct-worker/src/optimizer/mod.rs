@@ -14,7 +14,7 @@ use hgct_core::job::Recipe;
 
 use environment::DefaultEnvironment;
 pub use norm::{clip_factor, squared_norm_blocks, sum_in_tree};
-pub use owned::{OwnedSlice, SliceState, Slot};
+pub use owned::{OwnedSlice, SliceState, Slot, Values};
 
 /// AdamW with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,5 +1,9 @@
+use std::sync::Arc;
+
 use hgct_core::model::TensorSpec;
 use proptest::prelude::*;
+
+use crate::engine::Lease;
 
 use super::{AdamW, OwnedSlice, Slot, UpdateStep, add_contribution, clip_factor, sum_in_tree};
 
@@ -42,8 +46,8 @@ fn five_steps_with_clipping_agree_with_pytorch() {
     let norm = TensorSpec { name: "norm".into(), shape: vec![2] };
     let mut matrix = OwnedSlice::new(&matrix, 0..2, 8, 1);
     let mut norm = OwnedSlice::new(&norm, 0..2, 8, 1);
-    matrix.state_mut(Slot(0)).parameter = vec![0.5, -1.25, 3.0, 0.0, 1e-3, -2.0];
-    norm.state_mut(Slot(0)).parameter = vec![1.0, 0.75];
+    matrix.state_mut(Slot(0)).parameter = vec![0.5, -1.25, 3.0, 0.0, 1e-3, -2.0].into();
+    norm.state_mut(Slot(0)).parameter = vec![1.0, 0.75].into();
     for number in 1..=5 {
         let gradient = |i: u64, a: u64, b: u64, n: u64| {
             (((i * a + number * b) % n) as f32 - (n / 2) as f32) / 10.0 * TOKENS
@@ -85,7 +89,7 @@ fn a_spare_slot_leaves_the_source_as_it_was() {
     let mut one = OwnedSlice::new(&tensor, 0..4, 20, 1);
     let mut two = OwnedSlice::new(&tensor, 0..4, 20, 2);
     for slice in [&mut one, &mut two] {
-        slice.state_mut(Slot(0)).parameter = numbers(20, 1);
+        slice.state_mut(Slot(0)).parameter = numbers(20, 1).into();
         slice.contribute(&numbers(20, 2)).unwrap();
     }
     let before = two.state(Slot(0)).clone();
@@ -108,6 +112,52 @@ fn the_first_contribution_of_a_step_replaces_the_last_step() {
     assert_eq!(slice.gradient(), [1.0, 2.0]);
     let error = slice.contribute(&[1.0]).unwrap_err();
     assert!(matches!(error, crate::Error::Plan(_)));
+}
+
+#[test]
+fn a_snapshot_keeps_what_it_saw_and_shares_what_did_not_change() {
+    let tensor = TensorSpec { name: "t".into(), shape: vec![4, 5] };
+    let mut slice = OwnedSlice::new(&tensor, 0..4, 20, 1);
+    slice.state_mut(Slot(0)).parameter = numbers(20, 1).into();
+    let snapshot = slice.state(Slot(0)).clone();
+    assert_eq!(snapshot.m.as_ptr(), slice.state(Slot(0)).m.as_ptr(), "the snapshot is a copy");
+    slice.contribute(&numbers(20, 2)).unwrap();
+    slice.update(&ADAMW, &step(1), Slot(0), Slot(0));
+    assert_eq!(bits(&snapshot.parameter), bits(&numbers(20, 1)));
+    assert_ne!(slice.state(Slot(0)), &snapshot);
+    let address = slice.state(Slot(0)).parameter.as_ptr();
+    slice.contribute(&numbers(20, 2)).unwrap();
+    slice.update(&ADAMW, &step(2), Slot(0), Slot(0));
+    assert_eq!(slice.state(Slot(0)).parameter.as_ptr(), address, "copied without need");
+}
+
+#[test]
+fn a_lent_contribution_counts_like_a_copied_one() {
+    let tensor = TensorSpec { name: "t".into(), shape: vec![4, 5] };
+    let lease = Arc::new(Lease::of_f32("t", vec![6, 5], numbers(30, 2)));
+    let slice = |lent: bool, further: bool| {
+        let mut slice = OwnedSlice::new(&tensor, 1..4, 1, 1);
+        slice.state_mut(Slot(0)).parameter.copy_from_slice(&numbers(15, 1));
+        for number in 1..=2 {
+            if lent {
+                slice.contribute_lent(&lease, 5..20).unwrap();
+            } else {
+                slice.contribute(&numbers(30, 2)[5..20]).unwrap();
+            }
+            if further {
+                slice.contribute(&numbers(15, 3)).unwrap();
+            }
+            let squares = slice.squared_norms();
+            assert!(squares.iter().sum::<f64>() > 0.0);
+            slice.update(&ADAMW, &step(number), Slot(0), Slot(0));
+        }
+        (bits(&slice.state(Slot(0)).parameter), bits(&slice.state(Slot(0)).v))
+    };
+    assert_eq!(slice(true, false), slice(false, false));
+    assert_eq!(slice(true, true), slice(false, true));
+    assert_eq!(Arc::strong_count(&lease), 1, "the engine's memory is still held after the update");
+    let mut short = OwnedSlice::new(&tensor, 0..4, 20, 1);
+    assert!(short.contribute_lent(&lease, 20..45).is_err());
 }
 
 /// Length, seeds and row cuts.

@@ -8,7 +8,7 @@ use hgct_core::plan::StageId;
 use hgct_core::profile::{LayerProfile, Spread};
 
 use crate::engine::{BackwardPart, Edge, Engine, ImportRows, Lease, StageLoad};
-use crate::runtime::resident_bytes;
+use crate::memory::{begin_peak, give_back, peak_bytes, resident_bytes};
 use crate::{Error, Result};
 
 use super::{MICRO_BATCHES, Request, mean_ns, median};
@@ -25,6 +25,8 @@ pub(super) struct Measured {
     pub(super) layers: Vec<LayerProfile>,
     pub(super) import_ps_per_byte: u64,
     pub(super) action_overhead_ns: u64,
+    /// Parameters and gradients of all probes.
+    pub(super) parameter_bytes: u64,
 }
 
 /// One kind of layer as a stage of its own.
@@ -43,6 +45,7 @@ struct Sample {
     forward_ns: Vec<u64>,
     backward_ns: Vec<u64>,
     activation_bytes: u64,
+    workspace_bytes: u64,
 }
 
 /// Measures within the time until `end`.
@@ -91,11 +94,13 @@ pub(super) fn measure(
         samples.extend(of_size);
     }
     engine.abort()?;
+    let all = model.tensors();
+    let parameter_bytes = 2 * 4 * all.iter().map(TensorSpec::num_elements).sum::<u64>();
     let overhead = action_overhead_ns(&samples);
     let layers: Vec<LayerProfile> = samples.iter().filter_map(|sample| sample.row(overhead)).collect();
     match left_out {
         Some(error) if layers.is_empty() => Err(error),
-        _ => Ok(Measured { layers, import_ps_per_byte, action_overhead_ns: overhead }),
+        _ => Ok(Measured { layers, import_ps_per_byte, action_overhead_ns: overhead, parameter_bytes }),
     }
 }
 
@@ -108,6 +113,9 @@ fn sizes(request: &Request) -> Vec<u32> {
     sizes.dedup();
     if sizes.is_empty() { MICRO_BATCHES.to_vec() } else { sizes }
 }
+
+/// Kinds of layer, each a probe.
+pub(super) const NUM_KINDS: u64 = 3;
 
 /// Index of the block among the probes.
 const BLOCK: usize = 1;
@@ -159,6 +167,11 @@ fn load(engine: &mut dyn Engine, model: &ModelSpec, probes: &[Probe], window: Du
     Ok(import_ps_per_byte)
 }
 
+/// Whether the engine computes in this process's own memory.
+fn on_host(engine: &dyn Engine) -> bool {
+    engine.describe().device.to_lowercase().contains("cpu")
+}
+
 /// Parameters of the right size: a tile of initial values over and over, since making each
 /// element of a large embedding takes longer than all measurements.
 fn parameter(model: &ModelSpec, tensor: &TensorSpec) -> Lease {
@@ -189,6 +202,7 @@ impl Sample {
             forward: of_layer(&self.forward_ns)?,
             backward: of_layer(&self.backward_ns)?,
             activation_bytes: self.activation_bytes,
+            workspace_bytes: self.workspace_bytes,
         })
     }
 }
@@ -213,9 +227,10 @@ impl Timer<'_> {
     ) -> Result<Sample> {
         let start = Instant::now();
         self.pair(engine)?;
-        self.pair(engine)?;
         let activation_bytes =
             if self.probe.kind == LayerKind::Block { block_bytes } else { self.counted_activation_bytes() };
+        let workspace_bytes = self.workspace_bytes(engine, activation_bytes)?;
+        self.pair(engine)?;
         let mut sample = Sample {
             kind: self.probe.kind,
             num_layers: self.probe.num_layers,
@@ -223,6 +238,7 @@ impl Timer<'_> {
             forward_ns: Vec::new(),
             backward_ns: Vec::new(),
             activation_bytes,
+            workspace_bytes,
         };
         // Warm-up may have eaten the share: then the fewest windows, of half the length.
         let left = share.saturating_sub(start.elapsed());
@@ -273,6 +289,7 @@ impl Timer<'_> {
     /// Bytes of one block that a micro-batch in flight keeps alive.
     fn activation_bytes(&self, engine: &mut dyn Engine) -> Result<u64> {
         self.pair(engine)?;
+        give_back();
         let mut resident = Vec::new();
         for number in 0..IN_FLIGHT {
             drop(engine.forward(self.probe.stage, number, self.inputs())?.wait(self.end)?);
@@ -283,10 +300,23 @@ impl Timer<'_> {
         let grown = resident[2 * half - 1].saturating_sub(resident[half - 1]);
         let measured = grown / half as u64 / u64::from(self.probe.num_layers);
         let counted = self.counted_activation_bytes();
-        let on_host = engine.describe().device.to_lowercase().contains("cpu");
         let [samples, tokens] = [self.micro_batch, self.seq_len].map(u64::from);
         let input = 4 * samples * tokens * u64::from(self.model.hidden_size);
-        Ok(if on_host && measured <= 4 * counted { measured.max(input) } else { counted })
+        Ok(if on_host(engine) && measured <= 4 * counted { measured.max(input) } else { counted })
+    }
+
+    /// Bytes that one layer takes while it is computed, beside what a micro-batch in flight keeps.
+    fn workspace_bytes(&self, engine: &mut dyn Engine, activation_bytes: u64) -> Result<u64> {
+        if !on_host(engine) {
+            // As much again for the gradients of what is kept.
+            return Ok(self.counted_activation_bytes());
+        }
+        give_back();
+        let before = resident_bytes();
+        begin_peak();
+        self.pair(engine)?;
+        let kept = activation_bytes * u64::from(self.probe.num_layers);
+        Ok(peak_bytes().saturating_sub(before + kept))
     }
 
     /// Bytes that backward of one layer needs of its forward, in f32: inputs of every product,

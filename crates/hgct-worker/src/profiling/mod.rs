@@ -19,7 +19,7 @@ use hgct_core::profile::DeviceProfile;
 
 use crate::Result;
 use crate::engine::Engine;
-use crate::runtime::resident_bytes;
+use crate::memory::{give_back, resident_bytes};
 
 /// What to measure, and what stands in the row beside it.
 #[derive(Debug, Clone)]
@@ -53,16 +53,18 @@ const MICRO_BATCHES: [u32; 3] = [1, 2, 4];
 /// layers add up to what an action took. `activation_bytes` of a block on a `cpu` is the growth of
 /// resident memory with micro-batches in flight; of other layers, on other devices, and where that
 /// growth is implausible, it is the count of what the mathematics of backward needs.
+/// `workspace_bytes` on a `cpu` is the peak of a forward and its backward above that.
+/// `base_memory_bytes` is what is resident in the end, when all is unloaded: the framework after it
+/// has computed, and the programs that it compiled for one size.
 pub fn run(engine: &mut dyn Engine, request: &Request) -> Result<DeviceProfile> {
     let start = Instant::now();
     engine.load(&[])?;
-    let base_memory_bytes = resident_bytes();
     // Host arithmetic is short; what is left of the budget belongs to the layers.
     let window = (request.budget / 100).clamp(Duration::from_millis(5), Duration::from_millis(200));
     let host = host::measure(window);
     let description = engine.describe().clone();
     let measured = layers::measure(engine, request, start + request.budget, window)?;
-    engine.load(&[])?;
+    let base_memory_bytes = base_memory_bytes(engine, &measured)?;
     Ok(DeviceProfile {
         device: request.device.clone(),
         kind: request.kind.clone(),
@@ -77,6 +79,17 @@ pub fn run(engine: &mut dyn Engine, request: &Request) -> Result<DeviceProfile> 
         action_overhead_ns: measured.action_overhead_ns,
         base_memory_bytes,
     })
+}
+
+/// What stays resident when nothing is loaded, and what the programs of one micro-batch size take.
+fn base_memory_bytes(engine: &mut dyn Engine, measured: &layers::Measured) -> Result<u64> {
+    give_back();
+    let loaded = resident_bytes();
+    engine.load(&[])?;
+    give_back();
+    let base = resident_bytes();
+    let sizes = measured.layers.len() as u64 / layers::NUM_KINDS;
+    Ok(base + loaded.saturating_sub(base + measured.parameter_bytes) / sizes.max(1))
 }
 
 /// Runs `work` until `window` is over, at least once; answers with the nanoseconds of one run.

@@ -19,6 +19,7 @@ use hgct_core::ids::{Generation, RunId};
 use self::pipe::Pipe;
 use self::session::Session;
 use crate::engine::Engine;
+use crate::memory::resident_bytes;
 use crate::train::Progress;
 use crate::{Error, Result};
 
@@ -99,13 +100,6 @@ fn beat(pipe: &Mutex<Pipe>, progress: &Progress, every: Duration) {
         }
         std::thread::sleep(every);
     }
-}
-
-/// Resident memory of this process, bytes; 0 where the system does not tell.
-pub(crate) fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: u64 = statm.split_whitespace().nth(1).and_then(|field| field.parse().ok()).unwrap_or(0);
-    pages * rustix::param::page_size() as u64
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {

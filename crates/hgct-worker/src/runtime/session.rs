@@ -17,8 +17,9 @@ use hgct_core::timeline::RankTimeline;
 use hgct_data::TokenFile;
 
 use super::pipe::{Pipe, locked};
-use super::{is_set, resident_bytes, shard};
+use super::{is_set, shard};
 use crate::engine::Engine;
+use crate::memory;
 use crate::train::{Progress, StepOutcome, Trainer, TrainerOptions};
 use crate::{Error, Result, conformance, profiling};
 
@@ -99,6 +100,9 @@ impl Session {
             ToWorker::Check { kind, budget_ns } => {
                 let device = self.device()?.clone();
                 let report = conformance::run(self.engine()?, device, kind, Duration::from_nanos(budget_ns));
+                // An engine that cannot unload is told of by the report, or by what comes next.
+                let _ = self.engine()?.load(&[]);
+                memory::give_back();
                 self.say(FromWorker::Checked { report })
             }
             ToWorker::Profile { model, seq_len, micro_batches, kind, environment_hash, grant, budget_ns } => {
@@ -113,6 +117,7 @@ impl Session {
                     budget: Duration::from_nanos(budget_ns),
                 };
                 let profile = profiling::run(self.engine()?, &request)?;
+                memory::give_back();
                 self.say(FromWorker::Profiled { profile })
             }
             ToWorker::Load { generation, rank, plan, recipe, train_tokens, held_out_tokens, options } => {
@@ -154,6 +159,8 @@ impl Session {
     ) -> Result<()> {
         self.join_writer()?;
         let engine = self.take_engine()?;
+        memory::give_back();
+        memory::begin_peak();
         let trainer = Trainer::load(
             engine,
             TrainerOptions {
@@ -187,6 +194,8 @@ impl Session {
         }
         self.join_writer()?;
         let engine = self.take_engine()?;
+        memory::give_back();
+        memory::begin_peak();
         let options = TrainerOptions {
             plan: Arc::new(plan),
             rank: Rank(0),
@@ -380,7 +389,7 @@ impl Session {
         }
     }
 
-    /// Copies owned state and lets a thread write it out while training goes on.
+    /// Lets a thread write owned state out while training goes on.
     fn checkpoint(&mut self, generation: Generation, step: u64) -> Result<()> {
         self.join_writer()?;
         let trainer = &self.loaded(generation)?.trainer;
@@ -471,7 +480,7 @@ fn step_report(step: u64, outcome: &StepOutcome, timeline: &RankTimeline) -> Ste
         exchange_ns: exchange.map(|span| span.end_ns - span.start_ns).sum(),
         exposed_communication_ns: timeline.exposed_communication_ns(),
         compute_cpu_ns: outcome.compute_cpu_ns,
-        memory_bytes: resident_bytes(),
+        memory_bytes: memory::peak_bytes(),
     }
 }
 

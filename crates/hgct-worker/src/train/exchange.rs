@@ -85,14 +85,20 @@ impl Exchange {
         deadline: Deadline,
     ) -> Result<()> {
         let plan = Arc::clone(&self.plan);
-        for holder in &plan.owners[group.index].holders {
+        let holders = &plan.owners[group.index].holders;
+        for holder in holders {
             let from = plan.stage(holder.stage).rank();
             if from == self.rank {
                 let leases = self.local.remove(&(group.index, holder.stage));
                 let leases =
                     leases.ok_or_else(|| self.missing(&format!("gradients of group {}", group.index)))?;
                 for (part, lease) in group.parts.iter_mut().zip(&leases) {
-                    part.owned.contribute(self.rows(lease, part.owned.slice())?)?;
+                    if holders.len() == 1 {
+                        let range = self.element_range(part.owned.slice())?;
+                        part.owned.contribute_lent(lease, range)?;
+                    } else {
+                        part.owned.contribute(self.rows(lease, part.owned.slice())?)?;
+                    }
                 }
                 continue;
             }
@@ -195,10 +201,15 @@ impl Exchange {
 
     /// The rows of a slice inside of a lease on its whole tensor.
     fn rows<'a>(&self, lease: &'a Lease, slice: &Slice) -> Result<&'a [f32]> {
+        let range = self.element_range(slice)?;
+        lease.as_f32()?.get(range).ok_or_else(|| self.missing(&slice.to_string()))
+    }
+
+    /// Where a slice's rows lie in its tensor.
+    fn element_range(&self, slice: &Slice) -> Result<std::ops::Range<usize>> {
         let tensor = self.tensors.get(&slice.tensor).ok_or_else(|| self.missing(&slice.tensor))?;
-        let values = lease.as_f32()?;
         let range = slice.element_range(tensor).ok_or_else(|| self.missing(&slice.to_string()))?;
-        values.get(range.start as usize..range.end as usize).ok_or_else(|| self.missing(&slice.to_string()))
+        Ok(range.start as usize..range.end as usize)
     }
 
     fn floats<'a>(&self, message: &'a Received, expected: usize) -> Result<&'a [f32]> {

@@ -155,6 +155,7 @@ impl Trainer {
     /// Ends the training and gives the engine back for another load.
     pub fn into_engine(mut self) -> Result<Box<dyn Engine>> {
         self.engine.abort()?;
+        self.engine.load(&[])?;
         if let Some(comm) = self.comm.take() {
             comm.close(Deadline::after(Duration::from_secs(2)));
         }

@@ -9,7 +9,7 @@ use hgct_core::model::{ModelSpec, TensorSpec};
 use hgct_core::plan::{OwnedGroup, Plan};
 use hgct_core::slice::{Role, Slice, blocks};
 
-use crate::optimizer::{AdamW, OwnedSlice, Slot, UpdateStep};
+use crate::optimizer::{AdamW, OwnedSlice, Slot, UpdateStep, Values};
 
 /// The one slot of today: source and target of every update.
 const SLOT: Slot = Slot(0);
@@ -40,10 +40,10 @@ pub(super) struct Part {
     restored: [u64; 3],
 }
 
-/// A copy of owned state, for a checkpoint.
+/// Owned state as it was after a step, for a checkpoint; shared with the owner until it changes.
 pub struct Snapshot {
     /// Slice, role and values.
-    pub entries: Vec<(Slice, Role, Vec<f32>)>,
+    pub entries: Vec<(Slice, Role, Values)>,
 }
 
 impl Owned {
@@ -109,7 +109,7 @@ impl Owned {
             let at = |base: &Slice| ((common.begin[0] - base.begin[0]) * width) as usize;
             let (to, from, count) = (at(&own), at(slice), common.num_elements() as usize);
             let state = part.owned.state_mut(SLOT);
-            let buffer = [&mut state.parameter, &mut state.m, &mut state.v][number].as_mut_slice();
+            let buffer = &mut **[&mut state.parameter, &mut state.m, &mut state.v][number];
             buffer[to..to + count].copy_from_slice(&values[from..from + count]);
             part.restored[number] += count as u64;
             left -= count as u64;

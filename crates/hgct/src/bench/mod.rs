@@ -1,7 +1,7 @@
 //! `hgct bench`: every figure that hgct claims, as a command.
 
 mod figures;
-mod plain;
+mod memory;
 mod training;
 
 use anyhow::Result;
@@ -20,10 +20,13 @@ pub(crate) struct BenchArgs {
 enum BenchCommand {
     /// How much of the kinds' summed speed one job over all of them reaches
     Training(training::TrainingArgs),
+    /// What workers hold in memory, against predictions and plain loops of the same frameworks
+    Memory(memory::MemoryArgs),
 }
 
 pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<u8> {
     match &args.command {
         BenchCommand::Training(args) => training::run(workspace, args),
+        BenchCommand::Memory(args) => memory::run(workspace, args),
     }
 }

@@ -20,11 +20,12 @@ use hgct_core::ids::{DeviceId, Rank, RunId};
 use hgct_core::job::PlanShape;
 use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
 use hgct_core::profile::Profile;
+use hgct_core::timeline::Timeline;
 use hgct_planner::{Budget, PlanInput, Planned, simulate_free_communication};
 
 use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench, flop_shares};
-use super::plain::PlainLoop;
 use crate::job::{LoadedJob, PreparedData};
+use crate::plain_loops::{Part, PlainLoop};
 use crate::session::{Session, with_grants};
 use crate::stages::{Choices, Fleet};
 use crate::train::{AgentArgs, session_options};
@@ -34,6 +35,9 @@ use crate::workspace::{Workspace, write_atomically};
 /// times as fast.
 const QUOTAS: [(&str, u32, u32); 4] =
     [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
+
+/// The text where none is named: the sources of the crates that hgct was built from.
+pub(super) const DATA: &str = "crates:Cargo.lock";
 
 /// How far a kind's CPU share may be off its quota before a round is void.
 const SHARE_TOLERANCE: f64 = 0.02;
@@ -58,7 +62,7 @@ pub(crate) struct TrainingArgs {
     #[arg(long)]
     quick: bool,
     /// Text to train on
-    #[arg(long, value_name = "PATH", default_value = "crates:Cargo.lock")]
+    #[arg(long, value_name = "PATH", default_value = DATA)]
     data: String,
     /// Print one JSON object
     #[arg(long)]
@@ -71,7 +75,7 @@ pub(crate) struct TrainingArgs {
 }
 
 pub(crate) fn run(workspace: &Workspace, args: &TrainingArgs) -> Result<u8> {
-    let loaded = job(workspace, args)?;
+    let loaded = job(workspace, &args.data, args.global_batch)?;
     let data = loaded.prepare_data(workspace)?;
     let run = RunId::new(format!("{}-bench-{}", crate::date::stamp(), std::process::id()))?;
     let folder = workspace.root().join("sessions").join(run.as_str());
@@ -94,15 +98,15 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainingArgs) -> Result<u8> {
 }
 
 /// The benchmark's job, with the data that was asked for.
-fn job(workspace: &Workspace, args: &TrainingArgs) -> Result<LoadedJob> {
+pub(super) fn job(workspace: &Workspace, data: &str, global_batch: u32) -> Result<LoadedJob> {
     let folder = workspace.root().join("bench/training");
-    let data = match args.data.split_once(':') {
+    let data = match data.split_once(':') {
         Some((scheme, path)) => format!("{scheme}:{}", absolute(path)?),
-        None => absolute(&args.data)?,
+        None => absolute(data)?,
     };
     let text = include_str!("job.toml")
         .replace("@DATA@", &data)
-        .replace("global_batch = 64", &format!("global_batch = {}", args.global_batch));
+        .replace("global_batch = 64", &format!("global_batch = {global_batch}"));
     write_atomically(&folder.join("job.toml"), text.as_bytes(), 0o644)?;
     write_atomically(&folder.join("config.json"), include_bytes!("config.json"), 0o644)?;
     LoadedJob::read(&folder.join("job.toml"))
@@ -249,7 +253,7 @@ fn candidates(
 
 /// For each device a plan of its own: its best micro-batch, and about its share of the global batch,
 /// so that the optimizer weighs as much as it does together.
-fn alone_plans(
+pub(super) fn alone_plans(
     loaded: &LoadedJob,
     cluster: &ClusterSpec,
     profile: &Profile,
@@ -310,13 +314,14 @@ fn round(
         round.alone_exchange_ns.insert(device, exchange / steps.len() as f64);
     }
     for candidate in candidates {
-        round.together.push(train_together(args, loaded, data, session, candidate)?);
+        let timeline = candidate.planned.timeline.clone();
+        round.together.push(train_plan(args.steps, loaded, data, session, &candidate.plan, timeline)?);
     }
     Ok(round)
 }
 
 /// All devices train alone at the same time; the counted steps of each.
-fn train_alone(
+pub(super) fn train_alone(
     loaded: &LoadedJob,
     data: &PreparedData,
     session: &mut Session,
@@ -354,18 +359,19 @@ fn train_alone(
     }
 }
 
-/// A few steps of a plan; the counted ones.
-fn train_together(
-    args: &TrainingArgs,
+/// `steps` steps of a plan after one that does not count; reports of each, by rank.
+pub(super) fn train_plan(
+    steps: u64,
     loaded: &LoadedJob,
     data: &PreparedData,
     session: &mut Session,
-    candidate: &Candidate,
-) -> Result<Vec<Step>> {
+    plan: &Plan,
+    timeline: Timeline,
+) -> Result<Vec<Vec<StepReport>>> {
     let deadline = Duration::from_secs(120);
     session.shell.command(Command::Load(Box::new(LoadSpec {
-        plan: (*candidate.plan).clone(),
-        timeline: Some(candidate.planned.timeline.clone()),
+        plan: plan.clone(),
+        timeline: Some(timeline),
         recipe: loaded.job.recipe.clone(),
         train_tokens: data.prepared.meta.train.sha256.clone(),
         held_out_tokens: None,
@@ -384,21 +390,21 @@ fn train_together(
     session.shell.command(Command::Start {
         step: 0,
         num_updates: 0,
-        end_step: args.steps + 1,
+        end_step: steps + 1,
         deadline_ns: deadline.as_nanos() as u64,
     })?;
-    let mut steps = Vec::new();
+    let mut counted = Vec::new();
     session.wait_for("the last step", Duration::from_secs(600), |update| match update {
         Update::StepCommitted { step, reports } => {
             if step > 0 {
-                steps.push(reports);
+                counted.push(reports);
             }
             None
         }
         Update::Finished { .. } => Some(()),
         _ => None,
     })?;
-    Ok(steps)
+    Ok(counted)
 }
 
 /// Each kind alone while the others are idle.
@@ -427,15 +433,22 @@ fn overhead(
 ) -> Result<Option<f64>> {
     let Some(torch) = alone.iter().find(|(device, _)| device.engine == "torch") else { return Ok(None) };
     let pipeline = &torch.1.pipelines[0];
-    let shape = (torch.1.seq_len, pipeline.micro_batch, pipeline.num_micro_batches);
-    let config = workspace.root().join("bench/training/config.json");
-    let mut plain = PlainLoop::start(workspace, &torch.0, &config, &data.prepared.train_path(), shape)?;
+    let part = Part {
+        layers: 0..loaded.model.num_placeable_layers(),
+        seq_len: torch.1.seq_len,
+        micro_batch: pipeline.micro_batch,
+        num_micro_batches: pipeline.num_micro_batches,
+        in_flight: 1,
+    };
+    let tokens_file = data.prepared.train_path();
+    let mut plain = PlainLoop::start_held(workspace, &torch.0, &loaded.model, &tokens_file, &part)?;
     let tokens = f64::from(torch.1.global_batch * torch.1.seq_len);
     let mut ratios = Vec::new();
     for _ in 0..args.rounds {
         let ours = train_alone(loaded, data, session, std::slice::from_ref(torch), Duration::from_secs(10))?;
         let ours = ours.values().map(|steps| speed(steps)).sum::<f64>();
-        let seconds = plain.measure(1, 2)?;
+        plain.order(1, 2)?;
+        let seconds = plain.answer()?.seconds;
         let theirs = tokens * seconds.len() as f64 / seconds.iter().sum::<f64>();
         ratios.push(1.0 - ours / theirs);
     }

@@ -47,6 +47,7 @@ fn documents(memory_bytes: u64) -> (ClusterSpec, Profile) {
             micro_batch,
             forward: spread,
             backward: spread,
+            workspace_bytes: 0,
             activation_bytes: 1 << 16,
         })
         .collect();
