@@ -12,7 +12,7 @@ help:
 	@echo "make clean-hgct               remove .hgct: environments, caches and ALL runs with their checkpoints"
 
 quickstart:
-	@$(PYTHON) scripts/set_up.py train examples/quickstart/job.toml $(if $(DATA),--data '$(DATA)')
+	@$(PYTHON) scripts/set_up.py train examples/quickstart/job.toml --plain-loops $(if $(DATA),--data '$(DATA)')
 
 test:
 	@$(PYTHON) scripts/test.py

@@ -49,6 +49,7 @@ def main() -> int:
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    begin = time.monotonic()
     try:
         hgct = set_up()
     except Failure as failure:
@@ -60,7 +61,8 @@ def main() -> int:
         say("hgct", " ".join(sys.argv[1:]))
         sys.stdout.flush()
         # In place of this process, so that Ctrl-C and the exit code are the command's own.
-        os.execv(hgct, [str(hgct), "--dir", str(STATE), *sys.argv[1:]])
+        variables = {**os.environ, "HGCT_SET_UP_SECONDS": f"{time.monotonic() - begin:.1f}"}
+        os.execve(hgct, [str(hgct), "--dir", str(STATE), *sys.argv[1:]], variables)
     return 0
 
 

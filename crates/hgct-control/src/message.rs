@@ -236,6 +236,11 @@ pub enum Exit {
         /// The signal's number.
         signal: i32,
     },
+    /// By the kernel, since its control group reached the memory of its grant.
+    OutOfMemory {
+        /// The grant's memory.
+        limit_bytes: u64,
+    },
     /// It never ran.
     NotStarted {
         /// Why, and what to do.
@@ -263,6 +268,12 @@ impl fmt::Display for Exit {
         match self {
             Self::Code { code } => write!(f, "exit code {code}"),
             Self::Signal { signal } => write!(f, "signal {signal}{}", name(*signal)),
+            Self::OutOfMemory { limit_bytes } => write!(
+                f,
+                "out of memory: it reached the {} MiB of its grant (give it more in the cluster document, or \
+                 use smaller micro-batches)",
+                limit_bytes >> 20
+            ),
             Self::NotStarted { reason } => write!(f, "could not start: {reason}"),
         }
     }

@@ -108,8 +108,18 @@ const MOST_LINES: usize = 600;
 const LONG_FILES: [(&str, &str); 0] = [];
 
 /// Where the project's own text lies.
-const FOLDERS: [&str; 10] =
-    ["accelerators", ".ci", "benchmarks", "crates", "docs", "environments", "examples", "python", "scripts", "vendors"];
+const FOLDERS: [&str; 10] = [
+    "accelerators",
+    ".ci",
+    "benchmarks",
+    "crates",
+    "docs",
+    "environments",
+    "examples",
+    "python",
+    "scripts",
+    "vendors",
+];
 
 #[test]
 fn only_the_listed_arrows_exist_between_crates() {

@@ -104,7 +104,8 @@ impl Evidence {
 
     fn class(&self) -> u8 {
         match &self.failure {
-            Failure::WorkerExited { exit: Exit::Signal { .. }, .. } | Failure::AgentLost { .. } => 1,
+            Failure::WorkerExited { exit: Exit::Signal { .. } | Exit::OutOfMemory { .. }, .. }
+            | Failure::AgentLost { .. } => 1,
             Failure::WorkerExited { .. } => 2,
             Failure::WorkerSilent { .. } | Failure::WorkerStalled { .. } => 4,
             _ if self.blames.is_some() => 5,

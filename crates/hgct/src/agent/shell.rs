@@ -11,7 +11,7 @@ use std::time::Duration;
 use hgct_comm::monotonic_ns;
 use hgct_control::agent::{Agent, Effect, Event};
 use hgct_control::message::{Exit, ToWorker, UnusableDevice, WorkerStart};
-use hgct_core::cluster::{Isolation, NodeSpec};
+use hgct_core::cluster::{Grant, Isolation, NodeSpec};
 use hgct_core::ids::{DeviceId, Kind};
 use rustix::process::Signal;
 
@@ -64,6 +64,7 @@ struct Member {
     worker: Worker,
     held: Option<Held>,
     cpu_millicores: u32,
+    memory_bytes: u64,
 }
 
 impl Shell {
@@ -320,7 +321,7 @@ impl Shell {
         }
         let name = start.device.as_str().replace(['/', ':'], "-");
         let mut held = match &self.holder {
-            Ok(holder) => holder.group(&name, None).inspect_err(|error| self.warn(start, &chain(error))).ok(),
+            Ok(holder) => holder.group(&name).inspect_err(|error| self.warn(start, &chain(error))).ok(),
             Err(_) => None,
         };
         self.incarnations += 1;
@@ -341,8 +342,8 @@ impl Shell {
         }
         let pid = worker.id();
         self.windows.open(start.device.clone(), worker.window());
-        let cpu_millicores = start.grant.cpu_millicores;
-        self.crew.insert(start.device.clone(), Member { worker, held, cpu_millicores });
+        let Grant { cpu_millicores, memory_bytes, .. } = start.grant;
+        self.crew.insert(start.device.clone(), Member { worker, held, cpu_millicores, memory_bytes });
         Ok((pid, environment.engine, detail.modules))
     }
 
@@ -393,7 +394,13 @@ impl Shell {
         }
         for (device, member) in &self.crew {
             let set = match &member.held {
-                Some(held) => held.set(member.cpu_millicores).map_err(|error| chain(&error)),
+                Some(held) => {
+                    // A limit that cannot be set is no reason to run without quotas.
+                    if let Err(error) = held.set_memory(member.memory_bytes) {
+                        eprintln!("hgct agent: the memory of {device} is not held: {}", chain(&error));
+                    }
+                    held.set(member.cpu_millicores).map_err(|error| chain(&error))
+                }
                 None => Err("it has no control group".into()),
             };
             if let Err(reason) = set {
@@ -413,11 +420,14 @@ impl Shell {
     }
 
     /// A worker's process is gone and everything it said was heard.
-    fn bury(&mut self, machine: &mut Agent, worker: DeviceId, exit: Exit) {
+    fn bury(&mut self, machine: &mut Agent, worker: DeviceId, mut exit: Exit) {
         let Some(mut member) = self.crew.remove(&worker) else { return };
         for _ in 0..LAST_PIECES {
             let Some(text) = member.worker.log.news() else { break };
             machine.handle(monotonic_ns(), Event::WorkerLog { worker: worker.clone(), text });
+        }
+        if member.held.as_ref().is_some_and(Held::was_out_of_memory) {
+            exit = Exit::OutOfMemory { limit_bytes: member.memory_bytes };
         }
         if let Some(used_ns) = member.held.and_then(|held| held.cpu_time_ns().ok()) {
             eprintln!(

@@ -126,7 +126,7 @@ impl PlainLoop {
     ) -> Result<Self> {
         let mut this = Self::spawn(workspace, device, model, tokens, part)?;
         this.ready()?;
-        let mut held = Holder::open()?.group(&format!("plain-{}", device.engine), None)?;
+        let mut held = Holder::open()?.group(&format!("plain-{}", device.engine))?;
         held.join(this.child.id())?;
         held.set(device.grant.cpu_millicores)?;
         this.held = Some(held);

@@ -219,9 +219,7 @@ impl Device {
             micro_batches,
             flops_share: share,
             busy_share: (!busy.is_empty()).then(|| busy.iter().sum::<f64>() / busy.len() as f64),
-            tokens_per_second_alone: of_summary
-                .and_then(|row| row.alone_tokens_per_second)
-                .or_else(|| of_profile.and_then(|row| alone_tokens_per_second(plan, row))),
+            tokens_per_second_alone: of_profile.and_then(|row| alone_tokens_per_second(plan, row)),
             tokens_per_second_together: step_seconds.map(|seconds| tokens * share / seconds),
             gain_permille: prediction.and_then(|p| p.gain_permille),
             shares: window.and_then(|(step, begin, end)| {
@@ -229,7 +227,7 @@ impl Device {
                 let of_rank = timeline.ranks.iter().find(|row| row.rank == rank)?;
                 Some(Shares::of(&only_step(of_rank, step), begin, end))
             }),
-            memory_bytes: summary.memory.workers.get(device).copied().or(seen),
+            memory_bytes: seen,
             predicted_memory_bytes: prediction.map(|p| p.memory_bytes),
             plain_loop_bytes: summary.memory.plain_loops.get(device).copied(),
         }

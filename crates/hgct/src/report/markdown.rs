@@ -9,6 +9,7 @@ use super::facts::{Device, Report};
 use super::shares::Shares;
 use super::summary::Ended;
 use super::text::{bytes, count, or_dash, percent, rate, seconds, short_count};
+use crate::plain_loops::allowance_bytes;
 
 /// Which files lie beside the report.
 #[derive(Debug, Clone, Copy)]
@@ -230,14 +231,8 @@ fn devices(out: &mut String, report: &Report, inputs: &Inputs) {
         "\nMicro-batches: how many a step × samples of each. Together: tokens of the step × the share of model flops that \
          the device computed ÷ step time.",
     );
-    let from_summary = inputs.summary.devices.iter().any(|device| device.alone_tokens_per_second.is_some());
-    match (&inputs.summary.alone_source, from_summary, &inputs.profile) {
-        (Some(source), true, _) => {
-            let _ = write!(out, " Alone: {}.", inline(source));
-        }
-        (_, false, Some(_)) => out
-            .push_str(" Alone: from the profile's layers and update at the device's best micro-batch size."),
-        _ => {}
+    if inputs.profile.is_some() {
+        out.push_str(" Alone: from the profile's layers and update at the device's best micro-batch size.");
     }
     let how = match report.isolation {
         Isolation::Cgroup => " Grants were held by cgroups.",
@@ -316,21 +311,41 @@ fn time_by_device(out: &mut String, report: &Report) {
 }
 
 fn memory(out: &mut String, report: &Report, inputs: &Inputs) {
-    out.push_str("## Memory\n\n| process | resident, peak | predicted | granted | plain loop |\n| --- | ---: | ---: | ---: | ---: |\n");
+    out.push_str("## Memory\n\n| process | resident, peak | predicted | granted | plain loop | more than it | allowed |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n");
     let memory = &inputs.summary.memory;
-    let _ = writeln!(out, "| coordinator | {} | | | |", or_dash(memory.coordinator_bytes, bytes));
+    let _ = writeln!(
+        out,
+        "| coordinator | {} | | | | | 64 MiB in all |",
+        or_dash(memory.coordinator_bytes, bytes)
+    );
     for (node, size) in &memory.agents {
-        let _ = writeln!(out, "| agent of {node} | {} | | | |", bytes(*size));
+        let _ = writeln!(out, "| agent of {node} | {} | | | | | 64 MiB in all |", bytes(*size));
     }
     for device in &report.devices {
+        let more = device
+            .memory_bytes
+            .zip(device.plain_loop_bytes)
+            .map(|(worker, plain)| worker as i64 - plain as i64);
         let _ = writeln!(
             out,
-            "| worker of {} | {} | {} | {} | {} |",
+            "| worker of {} | {} | {} | {} | {} | {} | {} |",
             device.device,
             or_dash(device.memory_bytes, bytes),
             or_dash(device.predicted_memory_bytes, bytes),
             bytes(device.grant.memory_bytes),
-            or_dash(device.plain_loop_bytes, bytes)
+            or_dash(device.plain_loop_bytes, bytes),
+            or_dash(more, |more: i64| format!(
+                "{}{}",
+                if more < 0 { "−" } else { "" },
+                bytes(more.unsigned_abs())
+            )),
+            or_dash(device.plain_loop_bytes.map(allowance_bytes), bytes)
+        );
+    }
+    if !memory.plain_loops.is_empty() {
+        out.push_str(
+            "\nPlain loop: the same framework without hgct, same layers, micro-batches in flight and environment, stock \
+             AdamW. A worker is allowed 15 % or 64 MiB more, whichever is more.\n",
         );
     }
     out.push('\n');
@@ -374,7 +389,7 @@ fn run_facts(out: &mut String, inputs: &Inputs) {
     }
     let times = &summary.times;
     let parts = [
-        ("install", times.install),
+        ("set-up", times.set_up),
         ("data", times.data),
         ("check", times.check),
         ("profile", times.profile),

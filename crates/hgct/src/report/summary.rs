@@ -32,9 +32,6 @@ pub(crate) struct RunSummary {
     pub(crate) data: DataSummary,
     /// The devices of the plan, in rank order.
     pub(crate) devices: Vec<DeviceSummary>,
-    /// Where the devices' speeds alone come from, for people.
-    #[serde(default)]
-    pub(crate) alone_source: Option<String>,
     /// Devices that were there and took no part.
     #[serde(default)]
     pub(crate) set_aside: Vec<SetAside>,
@@ -115,9 +112,6 @@ pub(crate) struct DeviceSummary {
     pub(crate) framework: String,
     /// Its grant.
     pub(crate) grant: Grant,
-    /// Tokens a second that it reaches alone; absent: derived from `profile.json`, if that is there.
-    #[serde(default)]
-    pub(crate) alone_tokens_per_second: Option<f64>,
 }
 
 /// A device without a part in the run.
@@ -134,8 +128,8 @@ pub(crate) struct SetAside {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Times {
-    /// Environments.
-    pub(crate) install: Option<f64>,
+    /// Environments and build, before the command.
+    pub(crate) set_up: Option<f64>,
     /// Text to tokens.
     pub(crate) data: Option<f64>,
     /// Conformance suite.
@@ -178,8 +172,6 @@ pub(crate) struct MemorySummary {
     pub(crate) coordinator_bytes: Option<u64>,
     /// Peak of each node's agent.
     pub(crate) agents: BTreeMap<NodeId, u64>,
-    /// Peak of each worker; absent: the largest of the metrics.
-    pub(crate) workers: BTreeMap<DeviceId, u64>,
     /// A plain loop of the same framework, model and micro-batches, where one was measured.
     pub(crate) plain_loops: BTreeMap<DeviceId, u64>,
 }
@@ -195,7 +187,6 @@ impl RunSummary {
             kind: rank.kind.clone(),
             framework: String::new(),
             grant: rank.grant.clone(),
-            alone_tokens_per_second: None,
         };
         Self {
             format: Self::FORMAT,
@@ -207,7 +198,6 @@ impl RunSummary {
             steps: 0,
             data: DataSummary::default(),
             devices: plan.ranks.iter().map(device).collect(),
-            alone_source: None,
             set_aside: Vec::new(),
             isolation: plan.isolation,
             isolation_note: None,

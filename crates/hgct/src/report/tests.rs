@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use hgct_core::canonical;
+use hgct_core::canonical::{self, Hash};
 use hgct_core::cluster::{Grant, Isolation};
 use hgct_core::ids::{DeviceId, Kind, NodeId, Rank, RunId};
-use hgct_core::model::ModelSpec;
+use hgct_core::model::{LayerKind, ModelSpec};
 use hgct_core::plan::{Plan, PlanBuilder, PlanRank, Prediction, RankPrediction};
+use hgct_core::profile::{DeviceProfile, LayerProfile, Profile, Spread};
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
 use proptest::prelude::*;
 
@@ -123,6 +124,54 @@ fn step(step: u64) -> StepRow {
     }
 }
 
+/// Layers whose times give about these tokens a second alone.
+fn profile() -> Profile {
+    let device = |((device, kind), tokens_per_second): ((&str, &str), f64)| {
+        let sample_ns = 128e9 / tokens_per_second;
+        let layer = |layer, share: f64| {
+            let spread = |share: f64| {
+                let ns = (4.0 * sample_ns * share) as u64;
+                Spread { median_ns: ns, min_ns: ns, max_ns: ns, num_samples: 5 }
+            };
+            LayerProfile {
+                layer,
+                micro_batch: 4,
+                forward: spread(share / 3.0),
+                backward: spread(share * 2.0 / 3.0),
+                activation_bytes: 4 << 20,
+                workspace_bytes: 1 << 20,
+            }
+        };
+        DeviceProfile {
+            device: DeviceId::new(device).unwrap(),
+            kind: Kind::new(kind).unwrap(),
+            environment_hash: Hash::of_bytes(b""),
+            framework: kind.into(),
+            grant: plan().ranks[0].grant.clone(),
+            layers: vec![
+                layer(LayerKind::Embedding, 0.01),
+                layer(LayerKind::Block, 0.18),
+                layer(LayerKind::Head, 0.27),
+            ],
+            reduce_ps_per_element: 800,
+            update_ps_per_element: 4000,
+            import_ps_per_byte: 200,
+            send_ps_per_byte: 300,
+            action_overhead_ns: 0,
+            base_memory_bytes: 300 << 20,
+        }
+    };
+    Profile {
+        format: Profile::FORMAT,
+        measured_at: "2026-01-02T03:04:05Z".into(),
+        model: Hash::of(&plan().model),
+        seq_len: 128,
+        isolation: Isolation::Unisolated,
+        devices: DEVICES.into_iter().zip([4650.0, 4120.0, 3200.0]).map(device).collect(),
+        links: Vec::new(),
+    }
+}
+
 fn summary() -> RunSummary {
     let mut summary = RunSummary::of_plan(RunId::new("20260102-030405-quickstart").unwrap(), &plan());
     summary.job = Some("examples/quickstart/job.toml".into());
@@ -135,20 +184,16 @@ fn summary() -> RunSummary {
     summary.data.held_out_tokens = Some(188_002);
     summary.data.bigram_nats = Some(3.9812);
     summary.data.unigram_nats = Some(6.4021);
-    for (device, (framework, alone)) in summary.devices.iter_mut().zip([
-        ("torch 2.9.0", 4650.0),
-        ("jax 0.8.1", 4120.0),
-        ("mlx 0.30.0", 3200.0),
-    ]) {
+    for (device, framework) in summary.devices.iter_mut().zip(["torch 2.9.0", "jax 0.8.1", "mlx 0.30.0"]) {
         device.framework = framework.into();
-        device.alone_tokens_per_second = Some(alone);
     }
-    summary.alone_source = Some("measured one after another, each under its grant".into());
     summary.set_aside = vec![SetAside {
         device: "local/paddle:0".into(),
         reason: "backward: off by 3e-2 | see its log".into(),
     }];
     summary.isolation_note = Some("no cgroup that this user may write".into());
+    summary.times.set_up = Some(64.2);
+    summary.times.data = Some(6.5);
     summary.times.check = Some(21.4);
     summary.times.profile = Some(38.0);
     summary.times.plan = Some(0.8);
@@ -173,6 +218,7 @@ fn folder(parent: &Path) -> PathBuf {
     std::fs::create_dir(&folder).unwrap();
     let put = |name: &str, text: String| std::fs::write(folder.join(name), text).unwrap();
     put("plan.json", canonical::encode(&plan()));
+    put("profile.json", canonical::encode(&profile()));
     put("summary.json", canonical::encode(&summary()));
     put("predicted_timeline.json", canonical::encode(&timeline(TimelineSource::Predicted, 0, 0.96)));
     put("timeline.json", canonical::encode(&timeline(TimelineSource::Measured, 119, 1.0)));
@@ -219,6 +265,8 @@ fn figures_follow_from_the_documents() {
     assert!(report.devices.iter().all(|device| device.shares.unwrap().total_ns() == end - begin));
     assert_eq!(report.devices[2].layers, "all");
     assert_eq!(report.devices[1].layers, "blocks 3–4, head");
+    let alone = report.devices[0].tokens_per_second_alone.unwrap();
+    assert!((4400.0..4650.0).contains(&alone), "{alone}: the update counts too");
     // Rank 2 has a quarter of the samples and all layers of them.
     assert!((report.devices[2].flops_share - 0.25).abs() < 1e-12);
 }

@@ -14,7 +14,7 @@ use hgct_checkpoint::{Checkpoint, Checkpoints};
 use hgct_control::coordinator::{Command, LoadSpec, Outcome, Update};
 use hgct_control::message::{FromWorker, ToWorker, WorkerOptions};
 use hgct_core::canonical;
-use hgct_core::cluster::ClusterSpec;
+use hgct_core::cluster::{ClusterSpec, DeviceSpec};
 use hgct_core::ids::{DeviceId, RunId};
 use hgct_core::plan::Plan;
 use hgct_core::slice::{Role, Slice};
@@ -102,6 +102,10 @@ pub(crate) struct TrainArgs {
     /// Exchange over TCP even inside of a host
     #[arg(long)]
     no_shared_memory: bool,
+    /// Compare the workers' memory in the report with plain loops of the same frameworks, measured
+    /// after the run or kept from an earlier one
+    #[arg(long)]
+    plain_loops: bool,
     /// Every message between workers arrives this much later (for tests of overlap)
     #[arg(long, value_name = "MS", default_value_t = 0, hide = true)]
     wire_delay_ms: u64,
@@ -131,7 +135,10 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     // The text is tokenized while devices are discovered and checked.
     let data = {
         let (loaded, workspace) = (loaded.clone(), workspace.clone());
-        std::thread::spawn(move || loaded.prepare_data(&workspace))
+        std::thread::spawn(move || {
+            let begun = Instant::now();
+            loaded.prepare_data(&workspace).map(|data| (data, begun.elapsed().as_secs_f64()))
+        })
     };
     let mut config = session_options(run, folder.clone(), &args.agents);
     config.warming = Duration::from_secs(args.warming);
@@ -145,8 +152,9 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
         folder,
         begun,
         started_at,
-        times: Times::default(),
+        times: Times { set_up: set_up_seconds(), ..Times::default() },
         observer: None,
+        comparable: None,
     };
     let result = driver.drive(&mut session, data);
     let memory = Memory::of(&session);
@@ -179,9 +187,12 @@ struct Driver<'a> {
     started_at: String,
     times: Times,
     observer: Option<Observer>,
+    /// Devices, plan and tokens of the run, for plain loops of the same.
+    comparable: Option<(Vec<DeviceSpec>, Arc<Plan>, PathBuf)>,
 }
 
-type DataThread = std::thread::JoinHandle<Result<PreparedData>>;
+/// Gives the data, and the seconds that it took.
+type DataThread = std::thread::JoinHandle<Result<(PreparedData, f64)>>;
 
 impl Driver<'_> {
     fn drive(&mut self, session: &mut Session, data: DataThread) -> Result<()> {
@@ -197,7 +208,9 @@ impl Driver<'_> {
         self.times.check = Some(checking.elapsed().as_secs_f64());
         let chosen = self.plan(session, &mut fleet, &choices)?;
         let plan = Arc::new(chosen.plan.clone());
-        let data = data.join().map_err(|_| anyhow!("the thread that prepares data panicked"))??;
+        let (data, seconds) =
+            data.join().map_err(|_| anyhow!("the thread that prepares data panicked"))??;
+        self.times.data = Some(seconds);
         let meta = &data.prepared.meta;
         session.offer(&[
             (meta.train.sha256.clone(), data.prepared.train_path()),
@@ -222,6 +235,7 @@ impl Driver<'_> {
         let result = self.train(session, &plan, chosen.timeline.as_ref(), &data, &mut observer);
         self.times.train = Some(training.elapsed().as_secs_f64());
         self.observer = Some(observer);
+        self.comparable = Some((devices, plan, data.prepared.train_path()));
         result
     }
 
@@ -415,6 +429,13 @@ impl Driver<'_> {
             return ended.and_then(|outcome| Err(Ended(outcome).into()));
         };
         self.times.total = Some(self.begun.elapsed().as_secs_f64());
+        if let Some((devices, plan, tokens)) = self.comparable.take().filter(|_| self.args.plain_loops) {
+            match crate::plain_loops::peaks(self.workspace, &devices, &plan, &tokens) {
+                Ok(peaks) => observer.compared(peaks),
+                // The run is what counts.
+                Err(error) => eprintln!("hgct: no plain loops to compare memory with: {error:#}"),
+            }
+        }
         let reported = observer
             .close(memory, self.started_at.clone(), self.times.clone(), failed)
             .and_then(|()| crate::report::write(&self.folder));
@@ -437,6 +458,11 @@ impl Driver<'_> {
         eprintln!("hgct: continue it from its newest checkpoint with: hgct train {job} --resume {run}");
         Ok(1)
     }
+}
+
+/// What the set-up took before this command, where a script says so.
+fn set_up_seconds() -> Option<f64> {
+    std::env::var("HGCT_SET_UP_SECONDS").ok()?.parse().ok()
 }
 
 /// The plan of a run; with its reasons where the planner made it.
@@ -481,7 +507,7 @@ fn given_plan(path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
 }
 
 /// The devices of a plan; an error for one that is gone.
-fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<hgct_core::cluster::DeviceSpec>> {
+fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<DeviceSpec>> {
     let find = |id: &DeviceId| {
         if let Some((_, device)) = fleet.cluster.device(id) {
             Ok(device.clone())

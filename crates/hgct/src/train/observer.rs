@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use hgct_control::coordinator::ClockOffset;
 use hgct_control::message::StepReport;
-use hgct_core::ids::{Rank, RunId};
+use hgct_core::ids::{DeviceId, Rank, RunId};
 use hgct_core::plan::Plan;
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
 use hgct_data::TokenFile;
@@ -65,8 +65,7 @@ impl Observer {
                 device.framework = format!("{} {}", spec.engine, spec.framework_version);
             }
         }
-        summary.alone_source = Some("the profile".into());
-        let set_aside = |(device, reason): &(hgct_core::ids::DeviceId, String)| SetAside {
+        let set_aside = |(device, reason): &(DeviceId, String)| SetAside {
             device: device.to_string(),
             reason: reason.clone(),
         };
@@ -204,6 +203,11 @@ impl Observer {
             });
         }
         Ok(())
+    }
+
+    /// Memory of plain loops of the same layers.
+    pub(super) fn compared(&mut self, peaks: BTreeMap<DeviceId, u64>) {
+        self.summary.memory.plain_loops = peaks;
     }
 
     /// Writes what the report is made of. `failed`: why the run did not end as it should.
