@@ -136,16 +136,16 @@ fn a_lent_contribution_counts_like_a_copied_one() {
     let tensor = TensorSpec { name: "t".into(), shape: vec![4, 5] };
     let lease = Arc::new(Lease::of_f32("t", vec![6, 5], numbers(30, 2)));
     let slice = |lent: bool, further: bool| {
-        let mut slice = OwnedSlice::new(&tensor, 1..4, 1, 1);
-        slice.state_mut(Slot(0)).parameter.copy_from_slice(&numbers(15, 1));
+        let mut slice = OwnedSlice::new(&tensor, 0..4, 20, 1);
+        slice.state_mut(Slot(0)).parameter.copy_from_slice(&numbers(20, 1));
         for number in 1..=2 {
             if lent {
-                slice.contribute_lent(&lease, 5..20).unwrap();
+                slice.contribute_lent(&lease, 5..25).unwrap();
             } else {
-                slice.contribute(&numbers(30, 2)[5..20]).unwrap();
+                slice.contribute(&numbers(30, 2)[5..25]).unwrap();
             }
             if further {
-                slice.contribute(&numbers(15, 3)).unwrap();
+                slice.contribute(&numbers(20, 3)).unwrap();
             }
             let squares = slice.squared_norms();
             assert!(squares.iter().sum::<f64>() > 0.0);
