@@ -50,7 +50,7 @@ impl Drop for Block {
     }
 }
 
-/// Buffers kept for reuse, by size class (powers of two), up to a limit of idle bytes.
+/// Buffers kept for reuse, by size class, up to a limit of idle bytes.
 ///
 /// Fresh memory costs a page fault every 4 KiB, which is as dear as the copy into it.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl Pool {
 
     /// A buffer of `len` bytes with arbitrary contents; it returns to the pool on drop.
     pub fn take(self: &Arc<Self>, len: usize) -> PooledBuffer {
-        let capacity = len.next_power_of_two().max(SMALLEST_BYTES);
+        let capacity = size_class(len);
         let reused = {
             let mut idle = locked(&self.idle);
             let block = idle.classes.get_mut(&capacity).and_then(Vec::pop);
@@ -98,6 +98,13 @@ impl Pool {
     pub fn idle_bytes(&self) -> usize {
         locked(&self.idle).bytes
     }
+}
+
+/// Eight classes between a power of two and the next: an eighth too much at most.
+fn size_class(len: usize) -> usize {
+    let len = len.max(SMALLEST_BYTES);
+    let step = (len.next_power_of_two() / 16).max(ALIGNMENT);
+    len.next_multiple_of(step)
 }
 
 /// A buffer of a [`Pool`], aligned to [`ALIGNMENT`] bytes.
@@ -247,9 +254,18 @@ mod tests {
         let address = first.as_ptr();
         drop(first);
         assert_eq!(pool.idle_bytes(), 1024);
-        let again = pool.take(600);
+        let again = pool.take(970);
         assert_eq!(again.as_ptr(), address, "the same class is reused");
         assert_eq!(pool.idle_bytes(), 0);
+    }
+
+    #[test]
+    fn no_class_is_an_eighth_too_large() {
+        for len in (256..70_000).chain([1 << 24, (1 << 24) + 1]) {
+            let class = size_class(len);
+            assert!(class >= len && class - len <= len / 8 && class % ALIGNMENT == 0, "{len}: {class}");
+            assert_eq!(size_class(class), class);
+        }
     }
 
     #[test]

@@ -122,7 +122,7 @@ class MlxEngine(Engine):
         return stage.tables[length]
 
 
-def compute(function: Callable[..., Any], *inputs: Array, gradient: Any = None) -> Array:
+def compute(function: Callable[..., Any], *inputs: Array, gradient: Any = None, needed: bool = True) -> Array:
     """A tape that keeps nothing."""
     return function(*inputs)[0] if gradient else function(*inputs)
 
@@ -131,20 +131,25 @@ class Tape:
     """Intermediate results of a layer: recorded in a first walk, given back in a second one.
 
     `tape(function, *inputs)` is `function(*inputs)`. With `gradient` the function gives its output
-    and what else to keep; `gradient(inputs, dy, output, kept)` are then its gradients.
+    and what else to keep; `gradient(inputs, dy, output, kept)` are then its gradients. An output that
+    is not `needed` by any gradient is given back as a shape without values.
     """
 
     def __init__(self) -> None:
-        self.values: list[tuple[Array, Array | None]] = []
+        self.values: list[tuple[Array, Any]] = []
         self.next: int | None = None
 
     def play(self) -> None:
         self.next = 0
 
-    def __call__(self, function: Callable[..., Any], *inputs: Array, gradient: Any = None) -> Array:
+    def __call__(
+        self, function: Callable[..., Any], *inputs: Array, gradient: Any = None, needed: bool = True
+    ) -> Array:
         if self.next is None:
-            self.values.append(function(*inputs) if gradient else (function(*inputs), None))
-            return self.values[-1][0]
+            output, kept = function(*inputs) if gradient else (function(*inputs), None)
+            # One zero, seen as an array of any size.
+            self.values.append((output if needed else mx.broadcast_to(mx.zeros(1), output.shape), kept))
+            return output
         output, kept = self.values[self.next]
         self.next += 1
 
@@ -192,13 +197,13 @@ def block(
     a = keep(partial(attention, mask), q, k, v, gradient=attention_gradient)
     x = keep(output, x, a, wo)
     y = rms_norm(x, norm2, model.eps)
-    activation = keep(silu, keep(linear, y, gate), gradient=silu_gradient)
+    activation = keep(silu, keep(linear, y, gate, needed=False), gradient=silu_gradient)
     return (x + (activation * keep(linear, y, up)) @ down.T).reshape(b, s, d)
 
 
 def head(model: Model, keep: Any, weights: Any, x: Array, labels: Array | None) -> Array:
     norm, weight = weights
-    logits = keep(linear, rms_norm(x, norm, model.eps).reshape(-1, model.hidden), weight)
+    logits = keep(linear, rms_norm(x, norm, model.eps).reshape(-1, model.hidden), weight, needed=False)
     if labels is None:
         return logits.reshape(*x.shape[:2], -1)
     labels = labels.reshape(-1, 1)
@@ -220,6 +225,10 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 # ---- Functions whose gradient wants more than their output: exponentials are dear on the CPU
+
+
+# Of the logits at once.
+ROWS = 256
 
 
 def attention(mask: Array, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
@@ -245,14 +254,23 @@ def silu_gradient(inputs: tuple[Array, ...], dy: Array, y: Array, p: Array) -> t
     return (dy * (p + y * (1 - p)),)
 
 
-def loss_sum(labels: Array, logits: Array) -> tuple[Array, Array]:
-    shifted = logits - mx.max(logits, -1, keepdims=True)
-    e = exp(shifted)
-    total = mx.sum(e, -1, keepdims=True)
-    return mx.sum(mx.log(total) - mx.take_along_axis(shifted, labels, -1)).reshape(1), e / total
+def loss_sum(labels: Array, logits: Array) -> tuple[Array, list[Array]]:
+    """The sum of the losses, and the probabilities of some rows after the other: logits are the largest
+    arrays of all, and the steps of an exponential would be several as large."""
+    losses, kept = [], []
+    for first in range(0, len(logits), ROWS):
+        rows = slice(first, first + ROWS)
+        shifted = logits[rows] - mx.max(logits[rows], -1, keepdims=True)
+        e = exp(shifted)
+        total = mx.sum(e, -1, keepdims=True)
+        losses.append(mx.log(total) - mx.take_along_axis(shifted, labels[rows], -1))
+        kept.append(e / total)
+        mx.eval(losses[-1], kept[-1])
+    return mx.sum(mx.concatenate(losses)).reshape(1), kept
 
 
-def loss_gradient(labels: Array, _: Any, dy: Array, __: Array, p: Array) -> tuple[Array, ...]:
+def loss_gradient(labels: Array, _: Any, dy: Array, __: Array, kept: list[Array]) -> tuple[Array, ...]:
+    p = mx.concatenate(kept)
     return ((p - (mx.arange(p.shape[-1]) == labels)) * dy,)
 
 

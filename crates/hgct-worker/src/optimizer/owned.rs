@@ -85,7 +85,8 @@ pub struct OwnedSlice {
 
 /// Where the gradients of a step are added up.
 enum Gradient {
-    /// In memory of its own, kept from step to step; empty until it is first needed.
+    /// In memory of its own, empty until it is needed: between the update and the next exchange the
+    /// heap has it for activations.
     Sum(Vec<f32>),
     /// Not at all: there is one contribution, which the engine lends.
     Lent(Arc<Lease>, Range<usize>),
@@ -197,8 +198,6 @@ impl OwnedSlice {
     /// Begins the next step without an update: the step was skipped or aborted.
     pub fn forget_gradient(&mut self) {
         self.num_contributions = 0;
-        if let Gradient::Lent(..) = self.gradient {
-            self.gradient = Gradient::Sum(Vec::new());
-        }
+        self.gradient = Gradient::Sum(Vec::new());
     }
 }
