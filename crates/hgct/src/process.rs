@@ -147,6 +147,8 @@ fn read_all(pipe: Option<impl Read + Send + 'static>, sender: Sender<Heard>, hea
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::OpenOptionsExt as _;
+
     use super::*;
 
     fn shell(script: &str) -> Command {
@@ -173,11 +175,14 @@ mod tests {
         let script = format!("mkfifo {0}; exec 9<>{0}; sleep 1000 & sleep 1000", fifo.display());
         let outcome = run_bounded(&mut shell(&script), Duration::from_millis(300)).unwrap();
         assert!(outcome.status.is_none());
+        let (path, flags) = (fifo.clone(), libc::O_NONBLOCK);
         let reader = std::thread::spawn(move || std::fs::read(fifo).map(|bytes| bytes.len()));
-        // Opening it for reading would wait for a writer if there were none; one that comes and goes
-        // lets it through in any case.
-        let writer = std::fs::OpenOptions::new().write(true).open(folder.path().join("fifo"));
-        drop(writer);
+        // Opening it for reading waits for a writer if there is none: one that comes and goes lets it
+        // through in any case, and does not wait for a reader that has already gone.
+        while !reader.is_finished() {
+            drop(std::fs::OpenOptions::new().write(true).custom_flags(flags).open(&path));
+            std::thread::yield_now();
+        }
         assert_eq!(reader.join().unwrap().unwrap(), 0);
     }
 
