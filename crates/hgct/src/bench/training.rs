@@ -153,13 +153,8 @@ fn measure(
     if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
     }
-    let profile = fleet.profile(
-        session,
-        workspace,
-        &loaded.job,
-        &loaded.model,
-        &Choices { fresh: true, ..Choices::default() },
-    )?;
+    let fresh = Choices { fresh: true, ..Choices::default() };
+    let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &fresh)?;
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let candidates = candidates(loaded, &fleet.cluster, &profile, args.quick)?;
@@ -432,14 +427,7 @@ fn overhead(
     alone: &[(DeviceSpec, Plan)],
 ) -> Result<Option<f64>> {
     let Some(torch) = alone.iter().find(|(device, _)| device.engine == "torch") else { return Ok(None) };
-    let pipeline = &torch.1.pipelines[0];
-    let part = Part {
-        layers: 0..loaded.model.num_placeable_layers(),
-        seq_len: torch.1.seq_len,
-        micro_batch: pipeline.micro_batch,
-        num_micro_batches: pipeline.num_micro_batches,
-        in_flight: 1,
-    };
+    let part = Part::of_one(&torch.1);
     let tokens_file = data.prepared.train_path();
     let mut plain = PlainLoop::start_held(workspace, &torch.0, &loaded.model, &tokens_file, &part)?;
     let tokens = f64::from(torch.1.global_batch * torch.1.seq_len);

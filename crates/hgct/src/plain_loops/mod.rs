@@ -43,6 +43,20 @@ pub(crate) struct Part {
     pub(crate) in_flight: u32,
 }
 
+impl Part {
+    /// All that a plan of one device and one stage has.
+    pub(crate) fn of_one(plan: &Plan) -> Self {
+        let pipeline = &plan.pipelines[0];
+        Self {
+            layers: 0..plan.model.num_placeable_layers(),
+            seq_len: plan.seq_len,
+            micro_batch: pipeline.micro_batch,
+            num_micro_batches: pipeline.num_micro_batches,
+            in_flight: 1,
+        }
+    }
+}
+
 /// What a loop answers to a measurement.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Measured {
