@@ -263,7 +263,10 @@ mod tests {
     fn no_class_is_an_eighth_too_large() {
         for len in (1024..70_000).chain([1 << 24, (1 << 24) + 1]) {
             let class = size_class(len);
-            assert!(class >= len && class - len <= len / 8 && class.is_multiple_of(ALIGNMENT), "{len}: {class}");
+            assert!(
+                class >= len && class - len <= len / 8 && class.is_multiple_of(ALIGNMENT),
+                "{len}: {class}"
+            );
             assert_eq!(size_class(class), class);
         }
     }
