@@ -129,6 +129,30 @@ pub enum Error {
     /// The search was ended before it had any plan.
     #[error("the search was ended before it had a plan; give it a larger budget")]
     Budget,
+    /// Tables lack something that was asked of them.
+    #[error("the tables have no {what} {found} (they have: {known})")]
+    Tables {
+        /// What was looked for.
+        what: &'static str,
+        /// Its name.
+        found: String,
+        /// What there is.
+        known: String,
+    },
+    /// A layout is none, or too large to simulate.
+    #[error("layout: {fault}")]
+    Layout {
+        /// What is wrong, and where.
+        fault: String,
+    },
+    /// The program that shall execute a plan has no word for it.
+    #[error("{target} cannot express this plan: {reason}")]
+    Export {
+        /// The program.
+        target: &'static str,
+        /// What it lacks, with what the plan has.
+        reason: String,
+    },
     /// A document breaks its own rules.
     #[error(transparent)]
     Core(#[from] hgct_core::Error),

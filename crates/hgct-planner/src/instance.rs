@@ -25,6 +25,7 @@ mod tests;
 
 pub use check::{Fault, check, check_instance};
 pub use curve::{Curve, Link, LinkRow};
+pub(crate) use price::exchange_groups;
 pub use price::{Priced, PricedStage, PricedTemplate, price};
 
 /// One planning problem.

@@ -14,6 +14,10 @@
 //! | [`estimate`] | such a problem from public figures of cards, with an interval, or from a profile |
 //! | [`instance`] | problems of thousands of devices as plain numbers, their answers and their price |
 //! | [`explain`] | why this plan: a table for people, serde for programs |
+//! | [`scale`] | a layout's step as a timeline, for thousands of devices, and what-ifs |
+//! | [`mod@export`] | a plan in the words of other programs |
+//! | [`tables`] | layer times, links and measured plans that others have published, as files |
+//! | [`truth`] | our price of a plan that somebody has really run, and the published one |
 //! | [`mod@lint`] | what is wrong with any plan, independent of the search |
 
 pub mod bound;
@@ -24,15 +28,19 @@ pub mod estimate;
 mod evaluate;
 mod exchange;
 pub mod explain;
+pub mod export;
 mod fleet;
 pub mod instance;
 pub mod lint;
 mod plan;
 mod program;
+pub mod scale;
 mod search;
 pub mod simulate;
+pub mod tables;
 #[cfg(test)]
 mod tests;
+pub mod truth;
 
 pub use error::{Error, Result};
 pub use explain::Explanation;

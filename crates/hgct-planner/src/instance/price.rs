@@ -88,6 +88,17 @@ pub fn price(instance: &Instance, layout: &Layout) -> Priced {
     Priced { iteration_s, pipeline_s, update_s, exchange_s, exchange_whole_s, templates }
 }
 
+/// Layers that travel together, first to last, with the seconds of their exchange: all layers
+/// between neighbouring cuts of any template have the same holders.
+pub(crate) fn exchange_groups(instance: &Instance, layout: &Layout) -> Vec<(std::ops::Range<u32>, f64)> {
+    let pricer = Pricer::new(instance, layout);
+    let mut cuts: Vec<u32> = layout.templates.iter().flat_map(|t| &t.stages).map(|s| s.first_layer).collect();
+    cuts.push(pricer.classes.len() as u32);
+    cuts.sort_unstable();
+    cuts.dedup();
+    cuts.windows(2).map(|cut| (cut[0]..cut[1], pricer.group_s(cut[0] as usize..cut[1] as usize))).collect()
+}
+
 struct Pricer<'a> {
     instance: &'a Instance,
     layout: &'a Layout,

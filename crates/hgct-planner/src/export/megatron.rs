@@ -1,0 +1,66 @@
+//! Megatron-LM: arguments. A layout names every stage's layers in the order of a forward: `E`
+//! embedding, `t` decoder block, `L` loss, stages split by `|`, `x*N` for repetition (Megatron core,
+//! "Custom Pipeline Model Parallel Layout"). With v virtual stages a device the first v-th of all
+//! stages comes first.
+
+use std::fmt::Write as _;
+
+use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
+use crate::Result;
+
+const TARGET: Target = Target::Megatron;
+
+pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
+    let pipeline = plan.one_shape(TARGET)?;
+    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
+    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
+    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let mut text = String::from(
+        "# Ranks are handed out tensor parallel group by group, then replica by replica, then stage by stage.\n",
+    );
+    text.push_str(&places(plan, "#"));
+    let mut argument = |name: &str, value: &str| {
+        let _ = writeln!(text, "--{name}{}{value}", if value.is_empty() { "" } else { " " });
+    };
+    argument("tensor-model-parallel-size", &degree.to_string());
+    argument("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
+    if pipeline.stages.len() > 1 {
+        argument("pipeline-model-parallel-layout", &format!("\"{}\"", layout(plan, pipeline)?));
+    }
+    argument("num-layers", &plan.blocks.to_string());
+    argument("seq-length", &plan.seq_len.to_string());
+    argument("micro-batch-size", &share(TARGET, pipeline, replicas)?.to_string());
+    argument("global-batch-size", &plan.global_batch.to_string());
+    if plan.tied_embeddings == Some(false) {
+        argument("untie-embeddings-and-output-weights", "");
+    }
+    if plan.shard_optimizer {
+        argument("use-distributed-optimizer", "");
+    }
+    if recompute {
+        argument("recompute-granularity", "full");
+        argument("recompute-method", "uniform");
+        argument("recompute-num-layers", "1");
+    }
+    Ok(vec![File { name: "megatron.args", text }])
+}
+
+fn layout(plan: &Exported, pipeline: &ExportedPipeline) -> Result<String> {
+    let stages = virtual_stages(TARGET, pipeline)?;
+    let words = stages.iter().map(|layers| {
+        let parts = plan.parts(layers);
+        let mut text = String::from(if parts.embedding { "E" } else { "" });
+        match parts.num_blocks() {
+            0 => {}
+            1 => text.push('t'),
+            num => {
+                let _ = write!(text, "t*{num}");
+            }
+        }
+        if parts.head {
+            text.push_str(if text.is_empty() { "L" } else { ",L" });
+        }
+        text
+    });
+    Ok(words.collect::<Vec<String>>().join("|"))
+}

@@ -1,0 +1,89 @@
+//! torchtitan: a configuration with the module names of every stage, and the schedule as a CSV of
+//! compute actions, a line a pipeline rank (`0F3`, `0B3`: stage, forward or full backward,
+//! micro-batch), as `torch.distributed.pipelining` reads it.
+
+use std::fmt::Write as _;
+
+use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
+use crate::Result;
+use crate::instance::Schedule;
+
+const TARGET: Target = Target::Torchtitan;
+
+pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
+    let pipeline = plan.one_shape(TARGET)?;
+    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
+    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
+    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let stages = virtual_stages(TARGET, pipeline)?;
+    let size = share(TARGET, pipeline, replicas)?;
+    let depth = pipeline.stages.len();
+    let mut text = places(plan, "#");
+    let _ = write!(
+        text,
+        "[training]\nseq_len = {}\nlocal_batch_size = {}\nglobal_batch_size = {}\n\n[parallelism]\n",
+        plan.seq_len,
+        size * pipeline.num_micro_batches,
+        plan.global_batch
+    );
+    let (sharded, plain) = if plan.shard_optimizer {
+        (plan.num_pipelines() * replicas, 1)
+    } else {
+        (1, plan.num_pipelines() * replicas)
+    };
+    let _ = write!(
+        text,
+        "data_parallel_replicate_degree = {plain}\ndata_parallel_shard_degree = {sharded}\ntensor_parallel_degree = {degree}\npipeline_parallel_degree = {depth}\n"
+    );
+    let mut files = Vec::new();
+    if depth > 1 {
+        let _ = write!(
+            text,
+            "pipeline_parallel_microbatch_size = {size}\n{}module_fqns_per_model_part = [\n",
+            if pipeline.schedule == Schedule::OneForwardOneBackward {
+                files.push(File { name: "schedule.csv", text: schedule(pipeline) });
+                "pipeline_parallel_schedule = \"_PipelineScheduleRuntime\"\npipeline_parallel_schedule_csv = \"schedule.csv\"\n"
+            } else {
+                "pipeline_parallel_schedule = \"Interleaved1F1B\"\n"
+            }
+        );
+        for layers in &stages {
+            let parts = plan.parts(layers);
+            let mut names = Vec::new();
+            if parts.embedding {
+                names.push("tok_embeddings".to_owned());
+            }
+            names.extend(parts.blocks.clone().map(|block| format!("layers.{block}")));
+            if parts.head {
+                names.extend(["norm".to_owned(), "output".to_owned()]);
+            }
+            let names: Vec<String> = names.into_iter().map(|name| format!("\"{name}\"")).collect();
+            let _ = writeln!(text, "    [{}],", names.join(", "));
+        }
+        text.push_str("]\n");
+    }
+    if recompute {
+        text.push_str("\n[activation_checkpoint]\nmode = \"full\"\n");
+    }
+    files.insert(0, File { name: "torchtitan.toml", text });
+    Ok(files)
+}
+
+/// 1F1B, a line a rank.
+fn schedule(pipeline: &ExportedPipeline) -> String {
+    let (depth, num) = (pipeline.stages.len() as u32, pipeline.num_micro_batches);
+    let mut text = String::new();
+    for stage in 0..depth {
+        let warm_up = (depth - 1 - stage).min(num);
+        let mut actions: Vec<String> = (0..warm_up).map(|at| format!("{stage}F{at}")).collect();
+        for at in 0..num {
+            if warm_up + at < num {
+                actions.push(format!("{stage}F{}", warm_up + at));
+            }
+            actions.push(format!("{stage}B{at}"));
+        }
+        text.push_str(&actions.join(","));
+        text.push('\n');
+    }
+    text
+}
