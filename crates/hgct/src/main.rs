@@ -11,6 +11,7 @@ mod display;
 mod environments;
 mod grants;
 mod job;
+mod layouts;
 mod metrics;
 mod plain_loops;
 mod process;
@@ -18,6 +19,7 @@ mod report;
 mod session;
 mod stages;
 mod train;
+mod validate;
 mod vendors;
 mod workspace;
 
@@ -65,6 +67,12 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Inspect or export checkpoints
     Ckpt(ckpt::CkptArgs),
+    /// Simulate a step of a plan: its time, its timeline, and what if
+    Simulate(layouts::SimulateArgs),
+    /// Write a plan in the words of another program
+    Export(layouts::ExportArgs),
+    /// Price plans that were really run, and show predicted beside measured
+    Validate(validate::Args),
     /// Turn a job's text into token files
     Data(job::DataArgs),
 }
@@ -74,7 +82,13 @@ fn main() -> ExitCode {
     // Who serves a run stops in order; all else may simply be ended.
     let serves = !matches!(
         cli.command,
-        Command::Devices(_) | Command::Report(_) | Command::Ckpt(_) | Command::Data(_)
+        Command::Devices(_)
+            | Command::Report(_)
+            | Command::Ckpt(_)
+            | Command::Data(_)
+            | Command::Simulate(_)
+            | Command::Export(_)
+            | Command::Validate(_)
     );
     let blocked = if serves { coordinator::block_signals() } else { Ok(()) };
     let done = blocked.and_then(|()| run(&cli));
@@ -107,6 +121,9 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Command::Report(args) => report::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Bench(args) => bench::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Ckpt(args) => ckpt::run(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Simulate(args) => layouts::simulate(args),
+        Command::Export(args) => layouts::export_plan(args),
+        Command::Validate(args) => validate::run(args),
         Command::Data(args) => job::prepare_data(&workspace::Workspace::open(&cli.dir)?, args),
     }
 }

@@ -76,7 +76,8 @@ pub(crate) fn write(folder: &Path) -> Result<Written> {
     let inputs = Inputs::read(folder)?;
     let report = Report::of(&inputs);
     let loss = loss_plot::draw(&inputs.metrics, &inputs.summary.data);
-    let picture = timeline_picture::draw(&inputs);
+    let kinds: Vec<&str> = inputs.plan.ranks.iter().map(|rank| rank.kind.as_str()).collect();
+    let picture = timeline_picture::draw(inputs.predicted.as_ref(), inputs.measured.as_ref(), &kinds);
     let trace = trace::chrome(inputs.measured.as_ref(), inputs.predicted.as_ref());
     let markdown = markdown::write(
         &report,
@@ -90,6 +91,11 @@ pub(crate) fn write(folder: &Path) -> Result<Written> {
         }
     }
     Ok(Written { markdown, report })
+}
+
+/// A predicted timeline as a Chrome trace and as a picture; `kinds` stand below the devices.
+pub(crate) fn pictures(predicted: &Timeline, kinds: &[&str]) -> (Option<String>, Option<String>) {
+    (trace::chrome(None, Some(predicted)), timeline_picture::draw(Some(predicted), None, kinds))
 }
 
 /// All that a report is made from.

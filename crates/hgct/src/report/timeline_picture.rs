@@ -7,9 +7,9 @@ use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline};
 
 use super::facts::only_step;
 use super::shares::awaited_until;
+use super::steady_step;
 use super::svg::{line, number, picture, rect, text, ticks};
 use super::text::seconds;
-use super::{Inputs, steady_step};
 
 const WIDTH: f64 = 960.0;
 const LEFT: f64 = 176.0;
@@ -22,8 +22,13 @@ const PANEL: f64 = 26.0;
 /// More ranks than this would make a wall, not a picture.
 const MAX_RANKS: usize = 24;
 
-/// The picture; `None` without a timeline.
-pub(super) fn draw(inputs: &Inputs) -> Option<String> {
+/// The picture of predicted above measured; `None` without a timeline. `kinds` has a line below each
+/// rank's device, in rank order.
+pub(super) fn draw(
+    predicted: Option<&Timeline>,
+    measured: Option<&Timeline>,
+    kinds: &[&str],
+) -> Option<String> {
     let panel = |name: &str, timeline: Option<&Timeline>| {
         let timeline = timeline?;
         let (step, begin, end) = steady_step(timeline)?;
@@ -38,10 +43,7 @@ pub(super) fn draw(inputs: &Inputs) -> Option<String> {
         })
     };
     let panels: Vec<Panel> =
-        [panel("predicted", inputs.predicted.as_ref()), panel("measured", inputs.measured.as_ref())]
-            .into_iter()
-            .flatten()
-            .collect();
+        [panel("predicted", predicted), panel("measured", measured)].into_iter().flatten().collect();
     let longest = panels.iter().map(|panel| panel.length).max().filter(|longest| *longest > 0)?;
     let mut body = String::new();
     text(&mut body, 20.0, 26.0, "start", "strong", "One step");
@@ -56,7 +58,7 @@ pub(super) fn draw(inputs: &Inputs) -> Option<String> {
     text(&mut body, LEFT - 12.0, floor + 16.0, "end", "soft small", "milliseconds");
     let mut y = TOP;
     for panel in &panels {
-        panel.draw(&mut body, y, longest, inputs);
+        panel.draw(&mut body, y, longest, kinds);
         y += panel.height();
     }
     let told: Vec<String> = panels
@@ -83,14 +85,14 @@ impl Panel {
         PANEL + ROW * self.ranks.len() as f64 + if self.hidden > 0 { 18.0 } else { 0.0 } + 8.0
     }
 
-    fn draw(&self, body: &mut String, top: f64, longest: u64, inputs: &Inputs) {
+    fn draw(&self, body: &mut String, top: f64, longest: u64, kinds: &[&str]) {
         text(body, 20.0, top + 16.0, "start", "strong", &self.name);
         let length = self.length as f64;
         text(body, LEFT, top + 16.0, "start", "soft", &seconds(length / 1e9));
         let end = x(length, longest);
         for (index, rank) in self.ranks.iter().enumerate() {
             let y = top + PANEL + ROW * index as f64;
-            let kind = inputs.plan.ranks.get(rank.rank.index()).map_or("", |row| row.kind.as_str());
+            let kind = kinds.get(rank.rank.index()).copied().unwrap_or_default();
             text(body, 20.0, y + 11.0, "start", "small", &shortened(rank.device.as_str()));
             text(body, 20.0, y + 24.0, "start", "small soft", &shortened(kind));
             rect(body, "lane", LEFT, y, end - LEFT, COMPUTE);

@@ -1,0 +1,284 @@
+//! What can be done with a plan that is there: `hgct simulate`, `hgct export`.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use clap::builder::PossibleValuesParser;
+use hgct_core::canonical;
+use hgct_core::plan::Plan;
+use hgct_core::profile::{Profile, Spread};
+use hgct_core::timeline::Timeline;
+use hgct_planner::export::{Exported, Target, export};
+use hgct_planner::instance::{Instance, Layout, check_instance, price};
+use hgct_planner::scale::{WhatIf, simulate_layout};
+use serde_json::{Value, json};
+
+use crate::report::pictures;
+use crate::workspace::write_atomically;
+
+/// `hgct simulate`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  hgct simulate plan.json
+  hgct simulate plan.json --svg step.svg --trace step.json
+  hgct simulate plan.json --slow A100-40-3=1.3 --lose V100-16-0
+  hgct simulate plan.json --profile profile.json --slow local/torch:0=1.3
+
+Exit codes: 0 the step is simulated; 2 bad input.")]
+pub(crate) struct SimulateArgs {
+    /// A plan: of `hgct plan --model`, `hgct plan --tables`, or of `hgct plan job.toml` (with --profile)
+    plan: PathBuf,
+    /// What the devices of a job's plan were measured at
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// What if a kind, a node (KIND-3) or a device (KIND-3/0) took a factor longer
+    #[arg(long, value_name = "DEVICE=FACTOR", value_parser = slow)]
+    slow: Vec<(String, f64)>,
+    /// What if a node were gone
+    #[arg(long, value_name = "NODE")]
+    lose: Vec<String>,
+    /// Write the timeline to this file
+    #[arg(long, value_name = "FILE")]
+    timeline: Option<PathBuf>,
+    /// Write a Chrome trace to this file
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Write a picture to this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// `hgct export`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  hgct export plan.json --to megatron
+  hgct export plan.json --to torchtitan --output folder
+
+Without --output the files are printed. What a program cannot express is refused with the reason: docs/export.md.
+
+Exit codes: 0 exported; 2 bad input, or the program cannot express the plan.")]
+pub(crate) struct ExportArgs {
+    /// A plan
+    plan: PathBuf,
+    /// Who shall execute it
+    #[arg(long, value_name = "PROGRAM", value_parser = PossibleValuesParser::new(Target::ALL.map(|(name, _)| name)))]
+    to: String,
+    /// Write the files into this folder
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+/// A plan of either form.
+enum Document {
+    /// Of thousands of devices, with its problem.
+    Layout(Box<(Instance, Layout)>),
+    /// Of a job.
+    Plan(Box<Plan>),
+}
+
+/// Simulates a step.
+pub(crate) fn simulate(args: &SimulateArgs) -> Result<u8> {
+    let result = match read(&args.plan)? {
+        Document::Layout(document) => of_layout(args, &document.0, &document.1)?,
+        Document::Plan(plan) => of_plan(args, &plan)?,
+    };
+    let kinds: Vec<&str> = result.kinds.iter().map(String::as_str).collect();
+    if args.trace.is_some() || args.svg.is_some() {
+        let (trace, svg) = pictures(&result.timeline, &kinds);
+        for (path, text) in [(&args.trace, trace), (&args.svg, svg)] {
+            if let (Some(path), Some(text)) = (path, text) {
+                write_atomically(path, text.as_bytes(), 0o644)?;
+            }
+        }
+    }
+    if let Some(path) = &args.timeline {
+        write_atomically(path, canonical::encode(&result.timeline).as_bytes(), 0o644)?;
+    }
+    let text = if args.json { canonical::encode(&result.figures) } else { result.text };
+    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the simulation")?;
+    Ok(0)
+}
+
+/// What is printed, drawn and written of a simulation.
+struct Outcome {
+    timeline: Timeline,
+    kinds: Vec<String>,
+    figures: Value,
+    text: String,
+}
+
+fn of_layout(args: &SimulateArgs, instance: &Instance, layout: &Layout) -> Result<Outcome> {
+    let what_if = WhatIf { slow: args.slow.clone(), lose: args.lose.clone() };
+    let changed = what_if != WhatIf::default();
+    let simulated = simulate_layout(instance, layout, &what_if)?;
+    let plain = if changed {
+        simulate_layout(instance, layout, &WhatIf::default())?.step_ns
+    } else {
+        simulated.step_ns
+    };
+    let priced_s = price(instance, layout).iteration_s;
+    let s = |ns: u64| ns as f64 / 1e9;
+    let figures = json!({
+        "step_s": s(simulated.step_ns),
+        "pipeline_s": s(simulated.pipeline_ns),
+        "roofline_s": s(simulated.roofline_ns),
+        "serial_s": s(simulated.serial_ns),
+        "contention_s": s(simulated.contention_ns),
+        "priced_s": priced_s,
+        "unchanged_step_s": s(plain),
+        "pipelines": simulated.num_pipelines,
+        "samples": simulated.num_samples,
+    });
+    let mut text = format!(
+        "step {:.4} s: {:.4} s to the last backward, the rest exchange and update\n\
+         priced {priced_s:.4} s; busiest devices {:.4} s, everything in series {:.4} s\n\
+         {} pipelines, {} samples; transfers waited {:.4} s for ports that others used\n",
+        s(simulated.step_ns),
+        s(simulated.pipeline_ns),
+        s(simulated.roofline_ns),
+        s(simulated.serial_ns),
+        simulated.num_pipelines,
+        simulated.num_samples,
+        s(simulated.contention_ns),
+    );
+    if changed {
+        text.push_str(&what_changed(plain, simulated.step_ns));
+    }
+    let kinds = simulated.timeline.ranks.iter().map(|rank| {
+        let stage = rank.actions.first().map_or(0, |span| span.action.stage.0);
+        format!("stage {stage}")
+    });
+    Ok(Outcome { kinds: kinds.collect(), figures, text, timeline: simulated.timeline.clone() })
+}
+
+fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
+    let Some(path) = &args.profile else {
+        bail!(
+            "{} is the plan of a job: give what its devices were measured at, by --profile",
+            args.plan.display()
+        );
+    };
+    if !args.lose.is_empty() {
+        bail!("a job's plan says who owns what: without a node it has to be made anew (`hgct plan`)");
+    }
+    let profile: Profile = canonical::decode(&path.to_string_lossy(), &text_of(path)?)?;
+    let plain = hgct_planner::simulate(plan, &profile)?;
+    let mut slowed = profile;
+    for (name, factor) in &args.slow {
+        let hit = |row: &hgct_core::profile::DeviceProfile| {
+            row.device.as_str() == name || row.kind.as_str() == name
+        };
+        if !slowed.devices.iter().any(hit) {
+            let known: Vec<&str> = slowed.devices.iter().map(|row| row.device.as_str()).collect();
+            bail!("--slow {name}: there is no such kind or device (there are: {})", known.join(", "));
+        }
+        for row in slowed.devices.iter_mut().filter(|row| hit(row)) {
+            let longer = |ns: u64| (ns as f64 * factor).round() as u64;
+            for layer in &mut row.layers {
+                for spread in [&mut layer.forward, &mut layer.backward] {
+                    *spread = Spread {
+                        median_ns: longer(spread.median_ns),
+                        min_ns: longer(spread.min_ns),
+                        max_ns: longer(spread.max_ns),
+                        ..*spread
+                    };
+                }
+            }
+            row.update_ps_per_element = longer(row.update_ps_per_element);
+            row.reduce_ps_per_element = longer(row.reduce_ps_per_element);
+        }
+    }
+    let simulated = hgct_planner::simulate(plan, &slowed)?;
+    let s = |ns: u64| ns as f64 / 1e9;
+    let figures = json!({
+        "step_s": s(simulated.step_ns),
+        "roofline_s": s(simulated.roofline_ns),
+        "serial_s": s(simulated.serial_ns),
+        "unchanged_step_s": s(plain.step_ns),
+        "pipelines": plan.pipelines.len(),
+        "samples": plan.global_batch,
+    });
+    let mut text = format!(
+        "step {:.4} s; busiest device {:.4} s, everything in series {:.4} s\n",
+        s(simulated.step_ns),
+        s(simulated.roofline_ns),
+        s(simulated.serial_ns)
+    );
+    if !args.slow.is_empty() {
+        text.push_str(&what_changed(plain.step_ns, simulated.step_ns));
+    }
+    let kinds = plan.ranks.iter().map(|rank| rank.kind.to_string()).collect();
+    Ok(Outcome { timeline: simulated.timeline, kinds, figures, text })
+}
+
+fn what_changed(plain_ns: u64, step_ns: u64) -> String {
+    format!(
+        "without the what-if {:.4} s: {:+.1} %\n",
+        plain_ns as f64 / 1e9,
+        100.0 * (step_ns as f64 / plain_ns.max(1) as f64 - 1.0)
+    )
+}
+
+/// Writes a plan in another program's words.
+pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
+    let exported = match read(&args.plan)? {
+        Document::Layout(document) => Exported::of_layout(&document.0, &document.1),
+        Document::Plan(plan) => Exported::of_plan(&plan)?,
+    };
+    let Some((_, target)) = Target::ALL.into_iter().find(|(name, _)| *name == args.to) else {
+        bail!("there is no program {}", args.to);
+    };
+    let files = export(&exported, target)?;
+    if let Some(folder) = &args.output {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        for file in &files {
+            write_atomically(&folder.join(file.name), file.text.as_bytes(), 0o644)?;
+        }
+        return Ok(0);
+    }
+    let mut out = std::io::stdout().lock();
+    for file in &files {
+        if files.len() > 1 {
+            writeln!(out, "==> {} <==", file.name)?;
+        }
+        write!(out, "{}", file.text)?;
+    }
+    Ok(0)
+}
+
+/// Reads a plan of either form: one with its problem has `instance` and `layout`.
+fn read(path: &Path) -> Result<Document> {
+    let file = path.to_string_lossy();
+    let text = text_of(path)?;
+    let value: Value = canonical::decode(&file, &text)?;
+    let (Some(instance), Some(layout)) = (value.get("instance"), value.get("layout")) else {
+        return Ok(Document::Plan(Box::new(Plan::from_json(&file, &text)?)));
+    };
+    let instance: Instance = canonical::decode(&format!("{file}: instance"), &instance.to_string())?;
+    let layout: Layout = canonical::decode(&format!("{file}: layout"), &layout.to_string())?;
+    if let Some(fault) = check_instance(&instance).first() {
+        bail!("{file}: {fault}");
+    }
+    Ok(Document::Layout(Box::new((instance, layout))))
+}
+
+/// A text of at most 256 MiB.
+fn text_of(path: &Path) -> Result<String> {
+    const MOST: u64 = 256 << 20;
+    let size = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    if size > MOST {
+        bail!("{} has {size} bytes; at most {MOST} are read", path.display());
+    }
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn slow(text: &str) -> Result<(String, f64), String> {
+    let bad = || "give DEVICE=FACTOR, such as A100-40-3=1.3".to_owned();
+    let (name, factor) = text.rsplit_once('=').ok_or_else(bad)?;
+    let factor = factor.parse::<f64>().ok().filter(|factor| factor.is_finite() && *factor > 0.0);
+    factor.filter(|_| !name.is_empty()).map(|factor| (name.to_owned(), factor)).ok_or_else(bad)
+}
