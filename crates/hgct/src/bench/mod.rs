@@ -1,5 +1,6 @@
 //! `hgct bench`: every figure that hgct claims, as a command.
 
+mod credit;
 mod figures;
 mod memory;
 mod training;
@@ -22,11 +23,15 @@ enum BenchCommand {
     Training(training::TrainingArgs),
     /// What workers hold in memory, against predictions and plain loops of the same frameworks
     Memory(memory::MemoryArgs),
+    /// Use processor time at a rate
+    #[command(hide = true)]
+    Spend(credit::SpendArgs),
 }
 
 pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<u8> {
     match &args.command {
         BenchCommand::Training(args) => training::run(workspace, args),
         BenchCommand::Memory(args) => memory::run(workspace, args),
+        BenchCommand::Spend(args) => credit::spend(args),
     }
 }

@@ -147,6 +147,12 @@ pub(super) fn start_time(pid: &str) -> Option<String> {
     stat_fields(&stat).nth(19).map(str::to_owned)
 }
 
+/// The parent of a living process.
+pub(super) fn parent(pid: &str) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat_fields(&stat).nth(1)?.parse().ok()
+}
+
 /// User and system time of a living process from `/proc/PID/stat`, nanoseconds, in ticks of 10 ms.
 pub(super) fn process_time_ns(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;

@@ -10,7 +10,7 @@ use hgct_core::cluster::Isolation;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::cgroup::{Hierarchy, PERIOD_US, PREFIX, process_time_ns, start_time, sweep};
+use super::cgroup::{Hierarchy, PERIOD_US, PREFIX, parent, process_time_ns, start_time, sweep};
 use super::{Error, Result};
 
 /// Makes groups under our own and removes what dead agents left there.
@@ -32,8 +32,7 @@ impl Holder {
 
     /// Makes a group that restrains nothing yet. `label` tells it from the others of this process.
     pub(crate) fn group(&self, label: &str) -> Result<Held> {
-        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let name = format!("{}.{}", self.owner, label.chars().map(plain).collect::<String>());
+        let name = format!("{}.{}", self.owner, plain(label));
         let make = |folder: &Path| -> Result<PathBuf> {
             let group = folder.join(&name);
             match fs::create_dir(&group) {
@@ -187,6 +186,32 @@ pub(crate) fn isolation() -> (Isolation, String) {
             (Isolation::Unisolated, format!("unisolated: {error}{cause}"))
         }
     }
+}
+
+/// Puts a process into the groups with this label of agents that this process started; in how many.
+pub(crate) fn join_groups_of_agents(label: &str, pid: u32) -> Result<usize> {
+    let hierarchy = Hierarchy::find()?;
+    let label = plain(label);
+    let mut joined = 0;
+    for folder in hierarchy.folders() {
+        let entries = fs::read_dir(folder).map_err(|error| Error::io("reading", folder, error))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let Some(owner) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
+            let mut parts = owner.splitn(3, '.');
+            let (agent, found) = (parts.next().unwrap_or_default(), parts.nth(1));
+            if found == Some(&label) && parent(agent) == Some(std::process::id()) {
+                write(&entry.path().join("cgroup.procs"), &pid.to_string())?;
+                joined += 1;
+            }
+        }
+    }
+    Ok(joined)
+}
+
+/// A label as part of a folder's name.
+fn plain(label: &str) -> String {
+    label.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect()
 }
 
 /// Pins a process, with all threads that it has and will have, to cores by the system's numbers.

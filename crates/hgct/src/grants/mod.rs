@@ -8,7 +8,7 @@ mod cgroup;
 mod holder;
 
 pub(crate) use assign::{Policy, assign};
-pub(crate) use holder::{Held, Holder, core_set, isolation, pin};
+pub(crate) use holder::{Held, Holder, core_set, isolation, join_groups_of_agents, pin};
 
 /// Result of this module.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
