@@ -46,7 +46,7 @@ pub(super) const DATA: &str = "crates:Cargo.lock";
 /// Micro-batches a step at most.
 const MAX_MICRO_BATCHES: u32 = 64;
 /// Global batches to choose from: a step of these takes ten to twenty seconds.
-const BATCHES: std::ops::RangeInclusive<u32> = 96..=176;
+const BATCHES: std::ops::RangeInclusive<u32> = 128..=176;
 
 /// How far a kind's CPU share may be off its quota before a round is void.
 const SHARE_TOLERANCE: f64 = 0.02;
@@ -62,7 +62,7 @@ pub(crate) struct TrainingArgs {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Steps a plan and round, after one that does not count
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     steps: u64,
     /// Samples of 256 tokens a step; without it the number that micro-batches divide best
     #[arg(long)]
@@ -183,9 +183,9 @@ fn measure(
             bail!("{void_rounds} rounds were void: something else uses these cores");
         }
         let round = round(args, loaded, data, session, &candidates, &alone)?;
-        let off = worst_share(&round, &candidates);
+        let (off, who) = worst_share(&round, &candidates);
         if off > SHARE_TOLERANCE {
-            eprintln!("round void: a kind's CPU share is off by {:.1} %", 100.0 * off);
+            eprintln!("round void: the CPU share of {who} is off by {:.1} %", 100.0 * off);
             void_rounds += 1;
             continue;
         }
@@ -226,7 +226,7 @@ fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
 /// The global batch whose plan is nearest to what the devices could compute.
 fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> Result<u32> {
     let mut best: Option<(f64, u32)> = None;
-    for global_batch in BATCHES.step_by(4) {
+    for global_batch in BATCHES.step_by(8) {
         let mut job = loaded.job.clone();
         job.recipe.global_batch = global_batch;
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
@@ -265,8 +265,12 @@ fn candidates(
         let mut job = loaded.job.clone();
         job.policy.shape = *shape;
         if *shape == PlanShape::Pipeline {
-            // At least 16 micro-batches.
-            job.policy.micro_batches.retain(|size| job.recipe.global_batch / size >= 16);
+            // At least 16 micro-batches, and each as large as that allows: a kind that has waited
+            // ends its work early in a period of its quota, which a long action feels less.
+            let batch = job.recipe.global_batch;
+            let fits = |size: &&u32| batch.is_multiple_of(**size) && batch / **size >= 16;
+            let largest = job.policy.micro_batches.iter().filter(fits).max().copied();
+            job.policy.micro_batches = largest.into_iter().collect();
         }
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
         let planned = hgct_planner::plan(&input, &Budget::default())?;
@@ -494,12 +498,15 @@ fn share_of_quota(steps: &[Step], rank: usize, plan: &Plan) -> f64 {
     cpu as f64 / wall.max(1) as f64 * 1000.0 / f64::from(plan.ranks[rank].grant.cpu_millicores)
 }
 
-/// How far the worst kind's share is off in any row.
-fn worst_share(round: &Round, candidates: &[Candidate]) -> f64 {
-    let mut worst = 0f64;
+/// How far the worst kind's share is off in any row, and whose it is.
+fn worst_share(round: &Round, candidates: &[Candidate]) -> (f64, String) {
+    let mut worst = (0f64, String::new());
     for (candidate, steps) in candidates.iter().zip(&round.together) {
-        for rank in 0..candidate.plan.ranks.len() {
-            worst = worst.max((share_of_quota(steps, rank, &candidate.plan) - 1.0).abs());
+        for (rank, placed) in candidate.plan.ranks.iter().enumerate() {
+            let off = (share_of_quota(steps, rank, &candidate.plan) - 1.0).abs();
+            if off > worst.0 {
+                worst = (off, format!("{} under {}", placed.device, candidate.name));
+            }
         }
     }
     worst
