@@ -87,7 +87,7 @@ struct Row {
 pub(crate) fn run(workspace: &Workspace, args: &MemoryArgs) -> Result<u8> {
     let loaded = match &args.job {
         Some(path) => LoadedJob::read(path)?,
-        None => training::job(workspace, training::DATA, 32)?,
+        None => training::job(workspace, training::DATA, Some(32))?,
     };
     let data = loaded.prepare_data(workspace)?;
     let run = RunId::new(format!("{}-memory-{}", crate::date::stamp(), std::process::id()))?;
