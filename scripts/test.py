@@ -10,9 +10,11 @@ With HGCT_FORBID_SKIP=1 a skip is a failure. Exit code: 0 when all passed, 1 oth
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import set_up
 
@@ -26,6 +28,7 @@ def main() -> int:
     try:
         set_up.set_up()
         export = export_environment()
+        second_environment()
         steps = {
             "set-up": [sys.executable, PYTHON_TESTS / "test_environments.py"],
             "engines": [sys.executable, PYTHON_TESTS / "test_engines.py"],
@@ -47,6 +50,37 @@ def export_environment():
     if not (torch / "hgct-stamp.json").exists():
         return None
     return set_up.venv("export", "export", 20, beside=torch)
+
+
+def second_environment() -> None:
+    """One environment on another Python, for a job that mixes versions. It stands in a table of its own,
+    so that no other run takes it for one more kind."""
+    python = second_python()
+    if python is None:
+        set_up.say("second Python", "untried: there is no other Python 3.10 or newer here that makes environments")
+        return
+    home = set_up.STATE / "second"
+    home.mkdir(exist_ok=True)
+    if not (home / "environments").exists():
+        (home / "environments").symlink_to(set_up.ROOT / "environments")
+    call = [sys.executable, set_up.ROOT / "scripts" / "environments.py", "--root", home, "--kinds", ""]
+    call += ["--second-python", python, "--second-kind", "mlx", "--wheel", set_up.standing_wheel()]
+    if set_up.run(call, lambda line: set_up.say("second Python", line)) != 0:
+        set_up.say("second Python", "untried: its environment could not be installed, see above")
+
+
+def second_python() -> Path | None:
+    """An interpreter of another version than this one, on the path or among pyenv's."""
+    names = [f"python3.{minor}" for minor in (12, 13, 11, 10)]
+    found = [Path(path) for path in map(shutil.which, names) if path]
+    for name in names:
+        found += sorted((Path.home() / ".pyenv" / "versions").glob(f"{name.removeprefix('python')}.*/bin/{name}"))
+    code = "import sys, ensurepip; print(sys.version_info[0] == 3 and sys.version_info[1])"
+    for python in found:
+        said = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if said.returncode == 0 and int(said.stdout) not in (sys.version_info[1], *range(10)):
+            return python
+    return None
 
 
 def test(steps: dict[str, list]) -> int:

@@ -45,8 +45,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut shard = ShardWriter::new(slices(&model, owner))?;
         let mut piece = Vec::new();
         while let Some(chunk) = shard.next_chunk(&mut piece) {
-            let entries = chunk.last.then(|| shard.entries().to_vec());
-            to.piece(Rank(owner as u32), chunk.offset, &piece, entries)?;
+            let end = chunk.last.then(|| shard.end());
+            to.piece(Rank(owner as u32), chunk.offset, &piece, end)?;
         }
     }
     to.commit()?;

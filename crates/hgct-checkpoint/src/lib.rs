@@ -23,6 +23,8 @@ mod checkpoints;
 pub mod disk;
 mod error;
 mod export;
+#[doc(hidden)]
+pub mod fuzzing;
 mod header;
 mod inspect;
 pub mod local;

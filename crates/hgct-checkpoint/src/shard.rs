@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use hgct_core::canonical::Hash;
 use hgct_core::dtype::DType;
 use hgct_core::ids::Rank;
-use hgct_core::manifest::ShardEntry;
+use hgct_core::manifest::{ShardEnd, ShardEntry};
 use hgct_core::slice::{Role, Slice};
+use sha2::{Digest as _, Sha256};
 
 use crate::header::{self, Tensor};
 use crate::{CHUNK_BYTES, Error, Result};
@@ -40,6 +42,8 @@ pub struct ShardWriter<D> {
     offset: u64,
     /// The next element of the first of `data`.
     next: usize,
+    /// Over the bytes given out.
+    hasher: Sha256,
 }
 
 /// Row ranges that follow each other, as indices of the given tensors.
@@ -105,7 +109,7 @@ impl<D: AsRef<[f32]>> ShardWriter<D> {
         let size_bytes = header.len() as u64 + headers.iter().map(Tensor::size_bytes).sum::<u64>();
         let mut given: Vec<Option<D>> = tensors.into_iter().map(|(_, _, data)| Some(data)).collect();
         let data = items.into_iter().filter_map(|index| given[index].take()).collect();
-        Ok(Self { header, data, entries, size_bytes, offset: 0, next: 0 })
+        Ok(Self { header, data, entries, size_bytes, offset: 0, next: 0, hasher: Sha256::new() })
     }
 
     /// Length of the whole file.
@@ -116,6 +120,12 @@ impl<D: AsRef<[f32]>> ShardWriter<D> {
     /// What the file holds, for the manifest.
     pub fn entries(&self) -> &[ShardEntry] {
         &self.entries
+    }
+
+    /// What goes with the last piece: the entries, and the hash of all that was given out.
+    pub fn end(&self) -> ShardEnd {
+        let sha256 = Hash::from_digest(&self.hasher.clone().finalize());
+        ShardEnd { entries: self.entries.clone(), sha256 }
     }
 
     /// Puts the next piece of the file, at most [`CHUNK_BYTES`], into `out`; `None` after the last.
@@ -141,6 +151,7 @@ impl<D: AsRef<[f32]>> ShardWriter<D> {
             }
         }
         self.offset += out.len() as u64;
+        self.hasher.update(&*out);
         Some(Chunk { offset, last: self.offset == self.size_bytes })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use hgct_core::canonical::{self, Hash};
 use hgct_core::ids::Rank;
-use hgct_core::manifest::{Manifest, Shard, ShardEntry};
+use hgct_core::manifest::{Manifest, Shard, ShardEnd};
 use sha2::{Digest as _, Sha256};
 
 use crate::checkpoints::{Checkpoints, MAX_MANIFEST_BYTES, check_header, folder};
@@ -73,17 +73,11 @@ impl CheckpointWriter {
         open.map(|(rank, _)| *rank).collect()
     }
 
-    /// Takes the next piece of a rank's shard. `entries` comes with the last one and says what the
-    /// shard holds; the shard is then made durable and checked against it.
+    /// Takes the next piece of a rank's shard. `end` comes with the last one and says what the shard
+    /// holds and its hash; the shard is then checked against it and made durable.
     ///
     /// After an error the checkpoint cannot be completed: drop it.
-    pub fn piece(
-        &mut self,
-        rank: Rank,
-        offset: u64,
-        bytes: &[u8],
-        entries: Option<Vec<ShardEntry>>,
-    ) -> Result<()> {
+    pub fn piece(&mut self, rank: Rank, offset: u64, bytes: &[u8], end: Option<ShardEnd>) -> Result<()> {
         let name = format!("{}/{}", folder(self.head.step), shard_file(rank));
         let fail = |expected: String| Err(Error::Piece { rank, offset, bytes: bytes.len() as u64, expected });
         let Some(state) = self.shards.get_mut(&rank) else {
@@ -105,22 +99,31 @@ impl CheckpointWriter {
         upload.write(bytes)?;
         hasher.update(bytes);
         *size_bytes += bytes.len() as u64;
-        match entries {
-            Some(entries) => self.finish(rank, &name, entries),
+        match end {
+            Some(end) => self.finish(rank, &name, end),
             None => Ok(()),
         }
     }
 
-    fn finish(&mut self, rank: Rank, name: &str, entries: Vec<ShardEntry>) -> Result<()> {
+    fn finish(&mut self, rank: Rank, name: &str, end: ShardEnd) -> Result<()> {
         let Some(State::Open { upload, hasher, size_bytes }) = self.shards.remove(&rank) else {
             return Ok(());
         };
         // Until it is done the rank counts as missing again.
         self.shards.insert(rank, State::Waiting);
-        upload.commit()?;
+        let ShardEnd { entries, sha256 } = end;
         let store = self.checkpoints.store();
+        let found = Hash::from_digest(&hasher.finalize());
+        if found != sha256 {
+            let reason = format!(
+                "the SHA-256 of what came is {}, its owner sent {}: it was changed on its way",
+                found.short(),
+                sha256.short()
+            );
+            return Err(Error::damaged(&store.locate(name), reason));
+        }
+        upload.commit()?;
         check_header(store.open(name)?.as_mut(), &store.locate(name), &entries)?;
-        let sha256 = Hash::from_digest(&hasher.finalize());
         self.shards.insert(rank, State::Done(Shard { file: shard_file(rank), sha256, size_bytes, entries }));
         Ok(())
     }

@@ -10,6 +10,7 @@ use common::{halves, head, model, owned, send, write};
 use hgct_checkpoint::{CHUNK_BYTES, Checkpoints, Error, ShardWriter};
 use hgct_core::canonical::Hash;
 use hgct_core::ids::Rank;
+use hgct_core::manifest::ShardEnd;
 use hgct_core::model::ModelSpec;
 use hgct_core::slice::Slice;
 
@@ -66,7 +67,12 @@ fn pieces_out_of_place_are_refused() {
     refused(begin().piece(Rank(0), 8, b"x", None), "expected byte 0");
     refused(begin().piece(Rank(0), 0, &vec![0; CHUNK_BYTES + 1], None), "in all");
     refused(
-        begin().piece(Rank(0), 0, &[0; 8], Some(Vec::new())),
+        begin().piece(
+            Rank(0),
+            0,
+            &[0; 8],
+            Some(ShardEnd { entries: Vec::new(), sha256: Hash::of_bytes(&[0; 8]) }),
+        ),
         "is damaged: safetensors header: EOF while parsing a value at line 1 column 0",
     );
 
@@ -75,14 +81,18 @@ fn pieces_out_of_place_are_refused() {
     let mut shard = ShardWriter::new(shards.next().unwrap()).unwrap();
     let mut piece = Vec::new();
     assert!(shard.next_chunk(&mut piece).unwrap().last);
-    let mut entries = shard.entries().to_vec();
-    entries[3].slice.end[0] -= 1;
+    let mut end = shard.end();
+    end.entries[3].slice.end[0] -= 1;
     refused(
-        begin().piece(Rank(0), 0, &piece, Some(entries)),
+        begin().piece(Rank(0), 0, &piece, Some(end)),
         "the manifest has f32 model.layers.0.mlp.gate_proj.weight[0..5, 0..8]",
     );
+    // And what its owner sent: one bit of a value that changed on its way is seen.
+    let mut changed = piece.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    refused(begin().piece(Rank(0), 0, &changed, Some(shard.end())), "it was changed on its way");
     let mut to = begin();
-    to.piece(Rank(0), 0, &piece, Some(shard.entries().to_vec())).unwrap();
+    to.piece(Rank(0), 0, &piece, Some(shard.end())).unwrap();
     refused(to.piece(Rank(0), 0, &piece, None), "expected none after the last");
     assert_eq!(to.missing(), [Rank(1)]);
     refused(to.commit().map(drop), "step 1: no complete shard from rank 1");

@@ -543,7 +543,7 @@ fn is_writable(stream: &TcpStream) -> io::Result<bool> {
     Ok(poll(&mut polled, Some(&timespec(Duration::ZERO)))? > 0)
 }
 
-fn nonce() -> io::Result<[u8; 32]> {
+pub(crate) fn nonce() -> io::Result<[u8; 32]> {
     let mut nonce = [0; 32];
     getrandom::fill(&mut nonce).map_err(io::Error::other)?;
     Ok(nonce)

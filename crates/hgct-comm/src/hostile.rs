@@ -12,8 +12,8 @@ use crate::handshake::{Handshake, Identity, Offer, Progress};
 use crate::key::run_digest;
 use crate::wire::{FrameKind, HEADER_BYTES, Header};
 use crate::{
-    Communicator, ConnectOptions, Deadline, Error, Listener, Peer, Refusal, Result, RunKey, Tag, TagKind,
-    Tuning,
+    Communicator, ConnectOptions, Deadline, Error, Guard, GuardOptions, Listener, Peer, Refusal, Result,
+    RunKey, Tag, TagKind, Tuning,
 };
 
 const GENERATION: Generation = Generation { epoch: 3, sequence: 1 };
@@ -205,6 +205,105 @@ fn frames_that_are_not_allowed_end_the_connection() {
     let again = replayed.clone();
     replayed.extend(again);
     assert!(reaction(&replayed).root().to_string().contains("frame 0 where frame 1"));
+}
+
+/// Rank 0's door while nobody is expected, and what is told of those who come.
+fn guarded(listener: &Listener) -> (Guard, std::sync::mpsc::Receiver<String>) {
+    let (told, heard) = std::sync::mpsc::channel();
+    let members = vec![Rank(0), Rank(1)];
+    let options =
+        GuardOptions { listener, me: Rank(0), members, generation: GENERATION, run: run(), key: key() };
+    let guard = Guard::start(options, move |_, why| drop(told.send(why.to_owned()))).unwrap();
+    (guard, heard)
+}
+
+/// Sees a connection closed, whatever is said before.
+fn is_closed(stream: &mut TcpStream) {
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let end = std::io::copy(stream, &mut std::io::sink());
+    assert!(!end.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock), "it stays open");
+}
+
+#[test]
+fn whoever_knocks_while_nobody_is_expected_is_refused_and_told_of() {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let listener = listener();
+    let address = listener.endpoints()[0].address;
+    let (guard, heard) = guarded(&listener);
+    for (bytes, wanted) in [
+        (&b"GET / HTTP/1.1\r\n\r\n"[..], "not this protocol"),
+        (b"hgct\x01\x00\x01\x00\xff\xff\xff\xff", "at most"),
+        (b"hgct\x09\x00\x01\x00\x58\x00\x00\x00", "version 9"),
+        (b"", "did not prove itself"),
+    ] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let _ = stream.write_all(bytes);
+        is_closed(&mut stream);
+        let why = heard.recv_timeout(PATIENCE).unwrap();
+        assert!(why.contains(wanted), "{wanted}: {why}");
+    }
+    let none = Listener::none();
+    let mut wrong = options(1, &none, address);
+    wrong.key = RunKey::derive(b"another token", &run());
+    let error = Communicator::connect(&wrong).unwrap_err();
+    assert!(matches!(error, Error::WrongKey { .. }), "{error}");
+    assert!(heard.recv_timeout(PATIENCE).unwrap().contains("does not have the key"));
+
+    // A member comes again with the key, and is recorded; the recording then proves nothing.
+    let identity = Identity {
+        me: Rank(1),
+        members: vec![Rank(0), Rank(1)],
+        generation: GENERATION,
+        run: run_digest(&run()),
+        key: key(),
+    };
+    let mut handshake = Handshake::dial(identity, Rank(0), [1; 32]);
+    let mut stream = TcpStream::connect(address).unwrap();
+    let mut recording = std::mem::take(handshake.output());
+    stream.write_all(&recording).unwrap();
+    let mut challenge = [0; 44];
+    stream.read_exact(&mut challenge).unwrap();
+    assert_eq!(handshake.receive(&challenge).unwrap(), Progress::Wait);
+    let proof = std::mem::take(handshake.output());
+    stream.write_all(&proof).unwrap();
+    recording.extend(proof);
+    drop(stream);
+    assert!(heard.recv_timeout(PATIENCE).unwrap().contains("went away"));
+    let mut stream = TcpStream::connect(address).unwrap();
+    let _ = stream.write_all(&recording);
+    is_closed(&mut stream);
+    assert!(heard.recv_timeout(PATIENCE).unwrap().contains("does not have the key"));
+
+    // One who is a generation further comes again until this rank is there too.
+    thread::scope(|scope| {
+        let next = Generation { sequence: GENERATION.sequence + 1, ..GENERATION };
+        let further = scope.spawn(move || {
+            let none = Listener::none();
+            Communicator::connect(&ConnectOptions { generation: next, ..options(1, &none, address) })
+        });
+        assert!(heard.recv_timeout(Duration::from_millis(100)).is_err(), "a member is told of");
+        drop(guard);
+        let me =
+            Communicator::connect(&ConnectOptions { generation: next, ..options(0, &listener, address) });
+        me.unwrap().abort();
+        further.join().unwrap().unwrap().abort();
+    });
+}
+
+#[test]
+fn a_flood_at_the_door_is_not_told_for_ever() {
+    let listener = listener();
+    let address = listener.endpoints()[0].address;
+    let (guard, heard) = guarded(&listener);
+    for _ in 0..150 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let _ = stream.write_all(&[0; 64]);
+        is_closed(&mut stream);
+    }
+    drop(guard);
+    let told: Vec<String> = heard.iter().collect();
+    assert_eq!(told.len(), 100);
+    assert!(told[99].contains("more of them are not told"), "{}", told[99]);
 }
 
 proptest! {

@@ -66,6 +66,9 @@ mod connect;
 mod core;
 mod endpoint;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
+mod guard;
 mod handshake;
 #[cfg(test)]
 mod hostile;
@@ -90,6 +93,7 @@ pub use communicator::Communicator;
 pub use connect::{ConnectOptions, Tuning};
 pub use endpoint::{Endpoint, Listener, Peer};
 pub use error::{Context, Error, Operation, Refusal, Result};
+pub use guard::{Guard, GuardOptions};
 pub use key::RunKey;
 pub use link::LinkMeasurement;
 pub use message::Received;

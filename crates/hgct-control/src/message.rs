@@ -18,7 +18,7 @@ use hgct_core::check::{CheckReport, EngineDescription};
 use hgct_core::cluster::{Grant, NodeSpec};
 use hgct_core::ids::{DeviceId, EnvironmentId, Generation, Kind, NodeId, Rank, RunId};
 use hgct_core::job::Recipe;
-use hgct_core::manifest::ShardEntry;
+use hgct_core::manifest::ShardEnd;
 use hgct_core::model::ModelSpec;
 use hgct_core::plan::Plan;
 use hgct_core::profile::{DeviceProfile, LinkProfile};
@@ -286,6 +286,9 @@ pub struct UnusableDevice {
     pub name: String,
     /// Its kind, as far as known.
     pub kind: Kind,
+    /// The environment, where one was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub environment: Option<EnvironmentId>,
     /// Why it cannot be used, and what to do.
     pub reason: String,
 }
@@ -532,8 +535,8 @@ pub enum FromWorker {
         num_updates: u64,
         /// Where the bytes begin in the shard.
         offset: u64,
-        /// Set on the last piece: what is in the shard.
-        entries: Option<Vec<ShardEntry>>,
+        /// Set on the last piece: what is in the shard, and its hash as the worker knows it.
+        end: Option<ShardEnd>,
     },
     /// Continuations of the prompts, from the rank that holds the head of pipeline 0.
     Generated {

@@ -68,6 +68,16 @@ pub struct ShardEntry {
     pub dtype: DType,
 }
 
+/// What comes with the last piece of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardEnd {
+    /// What is in it, in order.
+    pub entries: Vec<ShardEntry>,
+    /// SHA-256 of its bytes, taken by the owner while it gave them out.
+    pub sha256: Hash,
+}
+
 impl Manifest {
     /// The current form.
     pub const FORMAT: u32 = 1;

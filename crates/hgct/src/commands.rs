@@ -24,7 +24,7 @@ use crate::workspace::Workspace;
   hgct check
   hgct check local/torch:0 --json
 
-Exit codes: 0 every device passed; 1 a device failed; 2 bad input.")]
+Exit codes: 0 every device passed; 1 a device failed, or an environment does not work; 2 bad input.")]
 pub(crate) struct CheckArgs {
     /// Devices to check; none: all
     #[arg(value_name = "DEVICE")]
@@ -41,33 +41,42 @@ pub(crate) struct CheckArgs {
 
 /// Checks devices afresh and prints a table a device.
 pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
-    let choices =
-        Choices { cluster: args.cluster.clone(), devices: args.devices.clone(), force: true, fresh: true };
-    let (reports, missing) = with_session(workspace, "check", &args.agents, |session| {
+    let choices = Choices {
+        cluster: args.cluster.clone(),
+        devices: args.devices.clone(),
+        force: true,
+        fresh: true,
+        tells_unusable: true,
+    };
+    let (reports, lost) = with_session(workspace, "check", &args.agents, |session| {
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
-        fleet.check(session, workspace, &choices)?;
-        Ok((fleet.checks, fleet.set_aside))
+        if !fleet.devices().is_empty() {
+            fleet.check(session, workspace, &choices)?;
+        }
+        let broken = broken(&fleet, &args.devices);
+        let lost = fleet.set_aside.into_iter().map(|(device, reason)| (device.to_string(), None, reason));
+        Ok((fleet.checks, lost.chain(broken).collect::<Vec<Lost>>()))
     })?;
     let mut out = std::io::stdout().lock();
     if args.json {
         #[derive(Serialize)]
         struct Row<'a> {
-            device: &'a DeviceId,
+            device: &'a str,
             kind: Option<&'a Kind>,
             verdict: Verdict,
             reason: Option<&'a str>,
             checks: &'a [hgct_core::check::CheckRow],
         }
         let found = reports.iter().map(|report| Row {
-            device: &report.device,
+            device: report.device.as_str(),
             kind: Some(&report.kind),
             verdict: report.verdict,
             reason: None,
             checks: &report.checks,
         });
-        let lost = missing.iter().map(|(device, reason)| Row {
+        let lost = lost.iter().map(|(device, kind, reason)| Row {
             device,
-            kind: None,
+            kind: kind.as_ref(),
             verdict: Verdict::Fail,
             reason: Some(reason),
             checks: &[],
@@ -78,12 +87,26 @@ pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
         for report in &reports {
             writeln!(out, "{report}")?;
         }
-        for (device, reason) in &missing {
-            writeln!(out, "{device}: {reason}")?;
+        for (device, _, reason) in &lost {
+            writeln!(out, "{device}: FAIL: {reason}")?;
         }
     }
     let failed = |report: &CheckReport| report.verdict == Verdict::Fail;
-    Ok(u8::from(!missing.is_empty() || reports.iter().any(failed)))
+    Ok(u8::from(!lost.is_empty() || reports.iter().any(failed)))
+}
+
+/// Device or environment, kind, and why there is no report of it.
+type Lost = (String, Option<Kind>, String);
+
+/// Environments that give no device, as `NODE/ENVIRONMENT`: all, or those of the devices asked for.
+fn broken(fleet: &Fleet, asked: &[DeviceId]) -> Vec<Lost> {
+    let rows = fleet.unusable.iter().filter_map(|(node, row)| {
+        let name = format!("{node}/{}", row.environment.as_ref()?);
+        let of = |device: &DeviceId| device.as_str().split_once(':').is_some_and(|(of, _)| of == name);
+        let wanted = asked.is_empty() || asked.iter().any(of);
+        wanted.then(|| (name, Some(row.kind.clone()), row.reason.clone()))
+    });
+    rows.collect()
 }
 
 /// What `hgct profile` and `hgct plan` share.
@@ -178,6 +201,7 @@ fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Resul
         devices: loaded.job.policy.devices.clone(),
         force: args.devices.force,
         fresh: args.devices.fresh,
+        tells_unusable: false,
     };
     with_session(workspace, "plan", &args.agents, |session| {
         let (mut fleet, _) = Fleet::discover(session, &choices)?;

@@ -55,6 +55,8 @@ pub(crate) struct Choices {
     pub(crate) force: bool,
     /// Do again what was kept.
     pub(crate) fresh: bool,
+    /// What cannot be used is told by who asks: it is no error that nothing else is there.
+    pub(crate) tells_unusable: bool,
 }
 
 impl Fleet {
@@ -67,7 +69,9 @@ impl Fleet {
         };
         if !choices.devices.is_empty() {
             for device in &choices.devices {
-                if cluster.device(device).is_none() {
+                let is_known = cluster.device(device).is_some()
+                    || (choices.tells_unusable && why_unusable(&inventory.unusable, device).is_some());
+                if !is_known {
                     bail!(UnknownDevice { device: device.clone(), known: names(&cluster) });
                 }
             }
@@ -75,7 +79,8 @@ impl Fleet {
                 node.devices.retain(|device| choices.devices.contains(&device.id));
             }
         }
-        if cluster.devices().next().is_none() {
+        let told = choices.tells_unusable && !inventory.unusable.is_empty();
+        if cluster.devices().next().is_none() && !told {
             let reasons: Vec<String> = inventory
                 .unusable
                 .iter()
@@ -192,7 +197,7 @@ impl Fleet {
         }
         reports.sort_by(|a, b| a.device.cmp(&b.device));
         self.checks = reports;
-        self.require_one()
+        if choices.tells_unusable { Ok(()) } else { self.require_one() }
     }
 
     /// Measures every device and link that was not measured as it is now.
@@ -305,9 +310,10 @@ impl Fleet {
 /// Why a device's environment offers none, if that is known.
 fn why_unusable<'a>(unusable: &'a [(NodeId, UnusableDevice)], device: &DeviceId) -> Option<&'a str> {
     let (node, rest) = device.as_str().split_once('/')?;
-    let environment = format!(" in {}", rest.split_once(':')?.0);
-    let of =
-        |(name, row): &&(NodeId, UnusableDevice)| name.as_str() == node && row.name.ends_with(&environment);
+    let environment = rest.split_once(':')?.0;
+    let of = |(name, row): &&(NodeId, UnusableDevice)| {
+        name.as_str() == node && row.environment.as_ref().is_some_and(|found| found.as_str() == environment)
+    };
     unusable.iter().find(of).map(|(_, row)| row.reason.as_str())
 }
 

@@ -39,13 +39,34 @@ impl Workspace {
         self.root.join("runs").join(run.as_str())
     }
 
-    /// Finds a run by its id, by `latest`, or by its path.
+    /// A file that a run has once its training begins.
+    pub(crate) const BEGUN: &str = "metrics.jsonl";
+
+    /// Takes the folder of a run that never came to train out of the runs, with what it logged;
+    /// answers with its new place.
+    pub(crate) fn never_began(&self, folder: &Path) -> Result<PathBuf> {
+        let sessions = self.root.join("sessions");
+        let place = sessions.join(folder.file_name().unwrap_or_default());
+        fs::create_dir_all(&sessions).with_context(|| format!("cannot make {}", sessions.display()))?;
+        if place.exists() {
+            fs::remove_dir_all(&place).with_context(|| format!("cannot remove {}", place.display()))?;
+        }
+        fs::rename(folder, &place)
+            .with_context(|| format!("cannot move {} to {}", folder.display(), place.display()))?;
+        Ok(place)
+    }
+
+    /// Finds a run by its id, by `latest` (the newest that came to train), or by its path.
     pub(crate) fn find_run(&self, name: &str) -> Result<PathBuf> {
         let runs = self.root.join("runs");
         if name == "latest" {
             let mut ids: Vec<PathBuf> = fs::read_dir(&runs)
                 .map(|entries| {
-                    entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+                    entries
+                        .flatten()
+                        .map(|entry| entry.path())
+                        .filter(|path| path.join(Self::BEGUN).is_file())
+                        .collect()
                 })
                 .unwrap_or_default();
             ids.sort();
@@ -89,4 +110,30 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<(
     write()
         .inspect_err(|_| drop(fs::remove_file(&temporary)))
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_latest_run_is_one_that_came_to_train() {
+        let folder = tempfile::tempdir().unwrap();
+        let workspace = Workspace::open(folder.path()).unwrap();
+        assert!(workspace.find_run("latest").unwrap_err().to_string().contains("there is no run"));
+        for name in ["1", "2", "3"] {
+            fs::create_dir_all(workspace.run(&RunId::new(name).unwrap())).unwrap();
+        }
+        assert!(workspace.find_run("latest").is_err());
+        let [second, third] = ["2", "3"].map(|name| workspace.run(&RunId::new(name).unwrap()));
+        fs::write(second.join(Workspace::BEGUN), "").unwrap();
+        assert_eq!(workspace.find_run("latest").unwrap(), second);
+        for words in ["first", "second"] {
+            fs::create_dir_all(&third).unwrap();
+            fs::write(third.join("log"), words).unwrap();
+            let place = workspace.never_began(&third).unwrap();
+            assert!(!third.exists());
+            assert_eq!(fs::read_to_string(place.join("log")).unwrap(), words);
+        }
+    }
 }

@@ -51,7 +51,7 @@ while True:
         environment = {**os.environ, "attach": {**order["message"], "run_key": len(order["message"]["run_key"])}}
         say(order, {"type": "failed", "error": json.dumps(environment), "peer": None})
     elif kind == "stop":
-        say(order, {"type": "shard-chunk", "step": 1, "num_updates": 1, "offset": 0, "entries": None}, payload)
+        say(order, {"type": "shard-chunk", "step": 1, "num_updates": 1, "offset": 0, "end": None}, payload)
     elif kind == "measure-links":
         print("about to crash", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)

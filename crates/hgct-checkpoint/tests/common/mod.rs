@@ -97,8 +97,8 @@ pub fn send(to: &mut CheckpointWriter, mut from: Vec<(Rank, ShardWriter<Vec<f32>
         let mut open = Vec::new();
         for (rank, mut shard) in from {
             let chunk = shard.next_chunk(&mut piece).unwrap();
-            let entries = chunk.last.then(|| shard.entries().to_vec());
-            to.piece(rank, chunk.offset, &piece, entries)?;
+            let end = chunk.last.then(|| shard.end());
+            to.piece(rank, chunk.offset, &piece, end)?;
             if !chunk.last {
                 open.push((rank, shard));
             }

@@ -7,7 +7,7 @@ use hgct_core::check::EngineDescription;
 use hgct_core::cluster::NodeSpec;
 use hgct_core::ids::{DeviceId, Generation, NodeId, Rank, RunId};
 use hgct_core::job::Recipe;
-use hgct_core::manifest::ShardEntry;
+use hgct_core::manifest::ShardEnd;
 use hgct_core::plan::Plan;
 use hgct_core::profile::LinkProfile;
 use hgct_core::slice::{Role, Slice};
@@ -431,8 +431,8 @@ pub enum Update {
         num_updates: u64,
         /// Where the bytes begin in the shard.
         offset: u64,
-        /// Set on the last piece: what is in the shard.
-        entries: Option<Vec<ShardEntry>>,
+        /// Set on the last piece: what is in the shard, and its hash as the worker knows it.
+        end: Option<ShardEnd>,
         /// The bytes, as they came.
         #[serde(with = "crate::payload")]
         bytes: Vec<u8>,

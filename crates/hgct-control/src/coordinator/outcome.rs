@@ -262,7 +262,7 @@ impl fmt::Display for Failure {
             }
             Self::WorkerSilent { worker, silent_ns, allowed_ns } => write!(
                 f,
-                "{worker} is silent: no beat for {}, {} are allowed; its process is there but does not run",
+                "{worker} is stalled: no beat for {}, {} are allowed; its process is there but does not run",
                 seconds(*silent_ns),
                 seconds(*allowed_ns)
             ),

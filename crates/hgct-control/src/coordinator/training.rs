@@ -255,9 +255,9 @@ impl Coordinator {
                 let clock = self.clocks.get(device).map(super::steps::Clock::offset).unwrap_or_default();
                 self.update(Update::Spans { rank, step, clock, actions, transfers });
             }
-            FromWorker::ShardChunk { step, num_updates, offset, entries } if started => {
+            FromWorker::ShardChunk { step, num_updates, offset, end } if started => {
                 self.detector.progressed(device);
-                self.update(Update::ShardChunk { rank, step, num_updates, offset, entries, bytes });
+                self.update(Update::ShardChunk { rank, step, num_updates, offset, end, bytes });
             }
             FromWorker::Finished { step, stopped } if started => {
                 self.rank_finished(now_ns, rank, device, step, stopped);

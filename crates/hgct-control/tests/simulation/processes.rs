@@ -2,7 +2,9 @@
 
 use hgct_control::agent;
 use hgct_control::message::{Envelope, Exit, FromWorker, ToWorker};
+use hgct_core::canonical::Hash;
 use hgct_core::ids::{DeviceId, Generation, Rank};
+use hgct_core::manifest::ShardEnd;
 use hgct_core::schedule::Operation;
 
 use crate::worker::{self, Process};
@@ -252,7 +254,7 @@ impl World {
                 step: step + 1,
                 num_updates: step + 1,
                 offset: 0,
-                entries: Some(Vec::new()),
+                end: Some(ShardEnd { entries: Vec::new(), sha256: Hash::of_bytes(b"") }),
             };
             self.say(device, generation, chunk, vec![rank.0 as u8; 5]);
         }

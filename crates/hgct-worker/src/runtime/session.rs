@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use hgct_comm::{Communicator, ConnectOptions, Deadline, Endpoint, Listener, Peer, RunKey, Tuning};
+use hgct_comm::{
+    Communicator, ConnectOptions, Deadline, Endpoint, Guard, GuardOptions, Listener, Peer, RunKey, Tuning,
+};
 use hgct_control::message::{EndpointSpec, FromWorker, PeerSpec, StepReport, ToWorker, WorkerOptions};
 use hgct_core::canonical::Hash;
 use hgct_core::ids::{DeviceId, Generation, Rank};
@@ -30,6 +32,8 @@ pub(super) struct Session {
     stop: Arc<AtomicBool>,
     attach: ToWorker,
     listener: Option<Listener>,
+    /// Refuses whoever knocks while no mesh is made.
+    guard: Option<Guard>,
     /// The engine, while no trainer has it.
     engine: Option<Box<dyn Engine>>,
     loaded: Option<Loaded>,
@@ -58,6 +62,7 @@ impl Session {
             stop,
             attach,
             listener: None,
+            guard: None,
             engine: None,
             loaded: None,
             links: None,
@@ -231,11 +236,13 @@ impl Session {
         let me = me.ok_or_else(|| self.unfit("connect without this worker"))?;
         let loaded = self.loaded.as_ref().filter(|loaded| loaded.generation == generation);
         let options = loaded.map(|loaded| loaded.options.clone());
+        self.guard = None;
         let comm = if peers.len() > 1 {
             Some(self.mesh(generation, me, &peers, within, options.as_ref())?)
         } else {
             None
         };
+        self.guard = Some(self.guarded(generation, me, &peers)?);
         match (&mut self.loaded, options) {
             (Some(loaded), Some(_)) => {
                 if let Some(comm) = comm {
@@ -256,8 +263,7 @@ impl Session {
         within: Duration,
         options: Option<&WorkerOptions>,
     ) -> Result<Communicator> {
-        let ToWorker::Attach { run_key, .. } = &self.attach else { return Err(self.unfit("attach")) };
-        let key = parse_key(run_key).ok_or_else(|| self.unfit("a run key that is no key"))?;
+        let key = self.run_key()?;
         let run = locked(&self.pipe).run().clone();
         let listener = self.listener.as_ref().ok_or_else(|| self.unfit("connect before hello"))?;
         let endpoint = |e: &EndpointSpec| Endpoint {
@@ -283,6 +289,26 @@ impl Session {
             test_delay_ns: options.map_or(0, |options| options.wire_delay_ns),
             tuning: Tuning::default(),
         })?)
+    }
+
+    fn run_key(&self) -> Result<RunKey> {
+        let ToWorker::Attach { run_key, .. } = &self.attach else { return Err(self.unfit("attach")) };
+        parse_key(run_key).ok_or_else(|| self.unfit("a run key that is no key"))
+    }
+
+    fn guarded(&self, generation: Generation, me: Rank, peers: &[PeerSpec]) -> Result<Guard> {
+        let listener = self.listener.as_ref().ok_or_else(|| self.unfit("connect before hello"))?;
+        let members = peers.iter().map(|peer| peer.rank).collect();
+        let (run, key) = (locked(&self.pipe).run().clone(), self.run_key()?);
+        let options = GuardOptions { listener, me, members, generation, run, key };
+        Guard::start(options, |address, why| {
+            eprintln!("hgct worker: refused a connection of {address}: {why}");
+        })
+        .map_err(|source| Error::File {
+            operation: "start",
+            path: "the guard's thread".into(),
+            source,
+        })
     }
 
     /// Pair after pair measures its link from both ends, in the same order on every rank.

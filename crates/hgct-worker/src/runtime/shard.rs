@@ -15,9 +15,8 @@ pub(super) fn write(pipe: &Mutex<Pipe>, snapshot: Snapshot, step: u64, num_updat
     let mut writer = ShardWriter::new(snapshot.entries)?;
     let mut piece = Vec::new();
     while let Some(chunk) = writer.next_chunk(&mut piece) {
-        let entries = chunk.last.then(|| writer.entries().to_vec());
-        locked(pipe)
-            .send(FromWorker::ShardChunk { step, num_updates, offset: chunk.offset, entries }, &piece)?;
+        let end = chunk.last.then(|| writer.end());
+        locked(pipe).send(FromWorker::ShardChunk { step, num_updates, offset: chunk.offset, end }, &piece)?;
     }
     Ok(())
 }

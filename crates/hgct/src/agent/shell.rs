@@ -30,6 +30,8 @@ const BLOBS_WINDOW: usize = 4 << 20;
 const SAID_WINDOW: usize = 8 << 20;
 /// How long the last messages may take to leave.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// Tells a worker which version of the core starts it: another one refuses before the first order.
+const CORE_VARIABLE: &str = "HGCT_CORE";
 /// Pieces of a log that are passed on when its worker ends.
 const LAST_PIECES: usize = 16;
 
@@ -291,7 +293,8 @@ impl Shell {
         };
         let name = format!("node {}", node.name);
         let kind = Kind::new("any").ok();
-        let unusable = kind.map(|kind| UnusableDevice { name, kind, reason }).into_iter().collect();
+        let unusable =
+            kind.map(|kind| UnusableDevice { name, kind, environment: None, reason }).into_iter().collect();
         Discovery { node, details: BTreeMap::new(), unusable }
     }
 
@@ -312,6 +315,9 @@ impl Shell {
         let (environment, detail) = self.place(start)?;
         let mut command = environment.command(&detail.variables, start.grant.threads);
         command.args(["-m", "hgct.worker"]);
+        if !environment.variables.contains_key(CORE_VARIABLE) {
+            command.env(CORE_VARIABLE, env!("HGCT_CORE"));
+        }
         let mut cores = Vec::new();
         for index in &start.grant.cores {
             let core = self.cores.get(*index as usize);

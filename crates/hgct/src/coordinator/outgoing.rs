@@ -116,7 +116,7 @@ mod tests {
                 step,
                 num_updates,
                 offset,
-                entries: None,
+                end: None,
                 bytes: Vec::new(),
             });
         }

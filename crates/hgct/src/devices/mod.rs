@@ -133,7 +133,7 @@ pub(crate) fn discover(options: &Options) -> Result<Discovery> {
     let mut pairs = Vec::new();
     for here in &present {
         if let Some(problem) = &here.hardware.problem {
-            found.set_aside(here.vendor.title.clone(), &here.vendor.name, problem.clone())?;
+            found.set_aside(here.vendor.title.clone(), None, &here.vendor.name, problem.clone())?;
             continue;
         }
         let drivers = environments.iter().filter_map(|env| Some((env, here.vendor.engine(&env.engine)?)));
@@ -141,12 +141,12 @@ pub(crate) fn discover(options: &Options) -> Result<Discovery> {
         if drivers.is_empty() {
             let wanted = here.vendor.engines.iter().map(needs).collect::<Vec<_>>().join(", or ");
             let reason = format!("no environment drives it: one with {wanted} would");
-            found.set_aside(here.vendor.title.clone(), &here.vendor.name, reason)?;
+            found.set_aside(here.vendor.title.clone(), None, &here.vendor.name, reason)?;
         }
         for (environment, driven) in drivers {
             if let Some(reason) = &environment.unusable {
                 let kind = format!("{}/{}", here.vendor.name, environment.engine);
-                found.set_aside(pair_name(here, environment), &kind, reason.clone())?;
+                found.set_aside(pair_name(here, environment), Some(environment), &kind, reason.clone())?;
             } else {
                 let variables = variables(here, driven, &present);
                 pairs.push(Pair { here, environment, driven, variables });
@@ -227,8 +227,15 @@ impl<'a> Findings<'a> {
         Self { options, host, environments, node, details, unusable, offered, counted }
     }
 
-    fn set_aside(&mut self, name: String, kind: &str, reason: String) -> Result<()> {
-        self.unusable.push(UnusableDevice { name, kind: Kind::new(kind)?, reason });
+    fn set_aside(
+        &mut self,
+        name: String,
+        environment: Option<&Environment>,
+        kind: &str,
+        reason: String,
+    ) -> Result<()> {
+        let environment = environment.map(|environment| environment.name.clone());
+        self.unusable.push(UnusableDevice { name, kind: Kind::new(kind)?, environment, reason });
         Ok(())
     }
 
@@ -242,7 +249,7 @@ impl<'a> Findings<'a> {
         let name = pair_name(pair.here, pair.environment);
         let answer = match answer {
             Ok(answer) => answer,
-            Err(reason) => return self.set_aside(name, &kind, reason.clone()),
+            Err(reason) => return self.set_aside(name, Some(pair.environment), &kind, reason.clone()),
         };
         for seen in &answer.devices {
             let others: Vec<_> = present.iter().map(|here| here.vendor).collect();
@@ -250,7 +257,7 @@ impl<'a> Findings<'a> {
             {
                 Ok(card) => card,
                 Err(reason) => {
-                    self.set_aside(format!("{name} {}", seen.device), &kind, reason)?;
+                    self.set_aside(format!("{name} {}", seen.device), Some(pair.environment), &kind, reason)?;
                     continue;
                 }
             };
@@ -273,7 +280,7 @@ impl<'a> Findings<'a> {
             if let Some(other) = self.offered.get(&identity) {
                 let reason = format!("{identity} is already offered as {other}");
                 let name = format!("{} {}", pair_name(pair.here, environment), seen.device);
-                return self.set_aside(name, kind.as_str(), reason);
+                return self.set_aside(name, Some(environment), kind.as_str(), reason);
             }
             self.offered.insert(identity.clone(), id.clone());
             let memory = card.memory_bytes.or(seen.memory_bytes).unwrap_or(0);

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 use hgct_checkpoint::{CheckpointWriter, Checkpoints};
 use hgct_core::canonical::Hash;
 use hgct_core::ids::{Generation, Rank, RunId};
-use hgct_core::manifest::{Manifest, ShardEntry};
+use hgct_core::manifest::{Manifest, ShardEnd};
 use hgct_core::plan::Plan;
 
 /// Pieces (1 MiB at most each) that may wait for the disk.
@@ -33,7 +33,7 @@ pub(crate) struct Piece {
     pub(crate) step: u64,
     pub(crate) num_updates: u64,
     pub(crate) offset: u64,
-    pub(crate) entries: Option<Vec<ShardEntry>>,
+    pub(crate) end: Option<ShardEnd>,
     pub(crate) bytes: Vec<u8>,
 }
 
@@ -132,7 +132,7 @@ fn take(
     }
     let Some((writer, begun)) = current else { return Ok(None) };
     writer
-        .piece(piece.rank, piece.offset, &piece.bytes, piece.entries)
+        .piece(piece.rank, piece.offset, &piece.bytes, piece.end)
         .with_context(|| format!("the checkpoint of step {} cannot be written", piece.step))?;
     if !writer.missing().is_empty() {
         return Ok(None);

@@ -2,6 +2,7 @@
 
 pub(crate) mod checkpoints;
 mod observer;
+mod resume;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -10,20 +11,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
-use hgct_checkpoint::{Checkpoint, Checkpoints};
 use hgct_control::coordinator::{Command, LoadSpec, Outcome, Update};
 use hgct_control::message::{FromWorker, ToWorker, WorkerOptions};
 use hgct_core::canonical;
 use hgct_core::cluster::{ClusterSpec, DeviceSpec};
 use hgct_core::ids::{DeviceId, RunId};
 use hgct_core::plan::Plan;
-use hgct_core::slice::{Role, Slice};
 use hgct_core::timeline::Timeline;
 use hgct_planner::{Budget, Explanation, PlanInput, Planned};
 
 use self::checkpoints::{Head, Piece, Writer};
 use self::observer::{Memory, Observer};
-use crate::ckpt::newest_verified;
+use self::resume::{BadRun, Resume};
 use crate::coordinator::Ended;
 use crate::job::{LoadedJob, PreparedData};
 use crate::report::summary::Times;
@@ -129,7 +128,7 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
         (None, None) => RunId::new(format!("{}-{}", crate::date::stamp(), file_name(&loaded.job.name)))?,
     };
     let folder = workspace.run(&run);
-    if resumed.is_none() && folder.join("plan.json").exists() {
+    if resumed.is_none() && folder.join(Workspace::BEGUN).exists() {
         bail!(BadRun { run, reason: "exists already: give another id, or continue it with --resume".into() });
     }
     // The text is tokenized while devices are discovered and checked.
@@ -142,7 +141,11 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     };
     let mut config = session_options(run, folder.clone(), &args.agents);
     config.warming = Duration::from_secs(args.warming);
-    let mut session = Session::open(workspace, &config)?;
+    let mut session = Session::open(workspace, &config).inspect_err(|_| {
+        if resumed.is_none() {
+            set_aside(workspace, &folder);
+        }
+    })?;
     let mut driver = Driver {
         workspace,
         args,
@@ -201,6 +204,7 @@ impl Driver<'_> {
             devices: self.loaded.job.policy.devices.clone(),
             force: self.args.devices.force,
             fresh: self.args.devices.fresh,
+            tells_unusable: false,
         };
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
         let checking = Instant::now();
@@ -357,8 +361,8 @@ impl Driver<'_> {
                 Update::Spans { rank, step, clock, actions, transfers } => {
                     observer.spans(rank, step, clock, actions, transfers);
                 }
-                Update::ShardChunk { rank, step, num_updates, offset, entries, bytes } => {
-                    writer.piece(Piece { rank, step, num_updates, offset, entries, bytes })?;
+                Update::ShardChunk { rank, step, num_updates, offset, end, bytes } => {
+                    writer.piece(Piece { rank, step, num_updates, offset, end, bytes })?;
                 }
                 Update::Stopping => observer.event("stopping after this step")?,
                 Update::Finished { step, stopped } => return observer.finished(step, stopped),
@@ -426,6 +430,9 @@ impl Driver<'_> {
         };
         let Some(mut observer) = self.observer.take() else {
             // Nothing was trained: what was asked for cannot be done.
+            if self.resumed.is_none() {
+                set_aside(self.workspace, &self.folder);
+            }
             return ended.and_then(|outcome| Err(Ended(outcome).into()));
         };
         self.times.total = Some(self.begun.elapsed().as_secs_f64());
@@ -519,65 +526,14 @@ fn used_devices(fleet: &Fleet, plan: &Plan) -> Result<Vec<DeviceSpec>> {
     plan.ranks.iter().map(|rank| find(&rank.device)).collect()
 }
 
-/// A run to continue.
-struct Resume {
-    run: RunId,
-    checkpoint: Checkpoint,
-}
-
-/// A run that cannot be used as asked.
-#[derive(Debug, thiserror::Error)]
-#[error("run {run} {reason}")]
-pub(crate) struct BadRun {
-    run: RunId,
-    reason: String,
-}
-
-impl Resume {
-    /// The newest checkpoint of a run that verifies; says which newer ones do not.
-    fn find(workspace: &Workspace, name: &str, loaded: &LoadedJob) -> Result<Self> {
-        let folder = workspace.find_run(name)?;
-        let run = RunId::new(file_of(&folder))?;
-        let checkpoints = Checkpoints::open(folder.join("checkpoints"));
-        let Some(checkpoint) = newest_verified(&checkpoints)? else {
-            bail!(BadRun { run, reason: "has no checkpoint that verifies".into() });
-        };
-        if checkpoint.manifest().model != loaded.model {
-            bail!(BadRun {
-                run,
-                reason: format!("trained another model than that of {}", loaded.path.display())
-            });
-        }
-        if checkpoint.manifest().job != loaded.job.hash() {
-            eprintln!("hgct: {} has changed since the checkpoint was written", loaded.path.display());
-        }
-        eprintln!("resuming {run} after step {}", checkpoint.manifest().step);
-        Ok(Self { run, checkpoint })
+/// What never came to train is no run: `latest` must not find it, and its id is free again.
+fn set_aside(workspace: &Workspace, folder: &Path) {
+    if !folder.exists() {
+        return;
     }
-
-    fn step(&self) -> u64 {
-        self.checkpoint.manifest().step
-    }
-
-    /// Sends every owner its state, whoever had it before.
-    fn send(&self, session: &mut Session, plan: &Plan) -> Result<()> {
-        for group in &plan.owners {
-            let wanted: Vec<(Slice, Role)> = group
-                .slices
-                .iter()
-                .flat_map(|slice| [Role::Parameter, Role::M, Role::V].map(|role| (slice.clone(), role)))
-                .collect();
-            for piece in self.checkpoint.read_slices(&wanted)? {
-                let piece = piece?;
-                session.shell.command(Command::State {
-                    rank: group.owner,
-                    slice: piece.slice,
-                    role: piece.role,
-                    bytes: piece.bytes,
-                })?;
-            }
-        }
-        Ok(())
+    match workspace.never_began(folder) {
+        Ok(place) => eprintln!("hgct: nothing was trained; what was logged is in {}", place.display()),
+        Err(error) => eprintln!("hgct: {error:#}"),
     }
 }
 
