@@ -136,7 +136,11 @@ fn what_is_not_there_is_told_by_name() {
     let Some(bench) = Bench::new(&["mlx"], 2, 0) else { return };
     bench.plan("gone.json", &[("local/torch:0", 6)]);
     let train = ["train", "job.toml", "--plan", "gone.json"];
-    fails(&bench, &train, 2, &["local/torch:0", "no agent has it"]);
+    fails(&bench, &train, 2, &["local/torch:0", "no agent has it", "nothing was trained"]);
+    // It is no run: its log is elsewhere, and nobody finds it.
+    assert_eq!(fs::read_dir(bench.path("hgct/runs")).unwrap().count(), 0);
+    assert!(fs::read_dir(bench.path("hgct/sessions")).unwrap().count() > 0);
+    fails(&bench, &["report", "latest"], 2, &["there is no run"]);
     fails(&bench, &["check", "local/none:0"], 2, &["there is no device local/none:0", "local/mlx:0"]);
 
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -161,10 +165,37 @@ fn an_environment_that_does_not_import_is_set_aside_with_the_reason() {
     bench.plan("plan.json", &[("local/mlx:0", 6)]);
     let train = ["train", "job.toml", "--plan", "plan.json", "--run", "one"];
     fails(&bench, &train, 0, &["jax", "libxyz.so is missing"]);
+    // The check has a row for it, and its exit code.
+    let mut check = bench.command();
+    let output = check.args(["check", "local/jax:0", "--json"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let row = &found["rows"][0];
+    assert_eq!(
+        (row["device"].as_str(), row["verdict"].as_str()),
+        (Some("local/jax"), Some("fail")),
+        "{found}"
+    );
+    assert!(row["kind"].as_str().is_some_and(|kind| kind.starts_with("cpu/")), "{found}");
+    assert!(row["reason"].as_str().is_some_and(|reason| reason.contains("libxyz.so is missing")), "{found}");
+    assert_eq!(found["rows"].as_array().unwrap().len(), 1, "{found}");
     // A plan that needs it says so.
     bench.plan("both.json", &[("local/mlx:0", 3), ("local/jax:0", 3)]);
     let train = ["train", "job.toml", "--plan", "both.json", "--run", "two"];
     fails(&bench, &train, 2, &["local/jax:0", "libxyz.so is missing"]);
+}
+
+#[test]
+fn a_stale_wheel_is_told_before_anything_is_misunderstood() {
+    let _machine = machine();
+    let Some(bench) = Bench::new(&["mlx"], 2, 0) else { return };
+    let table = fs::read_to_string(bench.path("hgct/environments.toml")).unwrap();
+    let other = table.replace("[environment.variables]", "[environment.variables]\nHGCT_CORE = \"older\"");
+    assert!(other != table, "{table}");
+    put(&bench.path("hgct/environments.toml"), &other, 0o644);
+    bench.plan("plan.json", &[("local/mlx:0", 6)]);
+    let train = ["train", "job.toml", "--plan", "plan.json"];
+    fails(&bench, &train, 2, &["local/mlx:0", "wheel of this environment is stale", "make set-up"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{BINARY, Bench, Running, TOKEN, machine, put, skip, table};
+use crate::support::{BINARY, Bench, Running, TOKEN, machine, put, root, skip, table, worker_of};
 
 /// A network and mount namespace, which go when the process that holds them does.
 struct Namespace {
@@ -206,6 +206,49 @@ fn an_agent_that_does_not_come_is_told_at_the_deadline() {
     let (code, said) = train.finish(Duration::from_secs(10));
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("1 of 2 agents"), "{said}");
+    assert_eq!(fs::read_dir(bench.path("hgct/runs")).unwrap().count(), 0, "what never began is a run");
     let (code, said) = agent.finish(Duration::from_secs(10));
     assert!(code == 0 || code == 1, "{said}");
+}
+
+#[test]
+fn one_job_mixes_versions_of_python() {
+    let _machine = machine();
+    let file = root().join(".hgct/second/.hgct/environments.toml");
+    let second: toml::Table = fs::read_to_string(file).unwrap_or_default().parse().unwrap();
+    let rows = second.get("environment").and_then(|rows| rows.as_array().cloned()).unwrap_or_default();
+    let is_ready =
+        |row: &&toml::Value| row.get("unusable").is_none() && row["wheel_hash"].as_str() != Some("");
+    let Some(second) = rows.iter().find(is_ready) else {
+        // Not a test that was skipped: there is nothing to test on such a machine.
+        let reason =
+            "UNTRIED: one job over two versions of Python: `make test` installs the second where one is\n";
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), reason.as_bytes());
+        return;
+    };
+    let Some(first) = table(&["jax"]) else { return };
+    let first: toml::Table = first.parse().unwrap();
+    let first = &first["environment"][0];
+    assert_ne!(first["python_version"], second["python_version"]);
+    let both = toml::Value::Array(vec![first.clone(), second.clone()]);
+    let both = toml::to_string(&toml::Table::from_iter([("environment".to_owned(), both)])).unwrap();
+    let bench = Bench::with_table(&both, 12, 0);
+    let device = format!("local/{}:0", second["name"].as_str().unwrap());
+    let plan = bench.plan("plan.json", &[("local/jax:0", 3), (&device, 3)]);
+    let mut command = bench.command();
+    command.args(["train", "job.toml", "--run", "mixed", "--plan"]).arg(plan);
+    let mut train = Running::start(command, bench.path("train.log"));
+    let of = train.child.id();
+    let interpreters = train.wait_for("workers", |_| {
+        let workers = ["jax", second["name"].as_str().unwrap()].map(|name| worker_of(of, name));
+        let [Some(a), Some(b)] = workers else { return None };
+        let program = |pid: u32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+        Some([program(a)?, program(b)?])
+    });
+    assert_ne!(interpreters[0], interpreters[1]);
+    let (code, said) = train.finish(Duration::from_secs(100));
+    assert_eq!(code, 0, "{said}");
+    let losses = bench.losses("mixed");
+    assert_eq!(losses.len(), 12);
+    assert!(losses[&11] < losses[&0], "{losses:?}");
 }

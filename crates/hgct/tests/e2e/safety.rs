@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hgct_comm::{Communicator, ConnectOptions, Deadline, Endpoint, Listener, Peer, RunKey, Tuning};
 use hgct_control::auth::{Handshake, Key, Token};
-use hgct_core::ids::{NodeId, RunId};
+use hgct_core::ids::{Generation, NodeId, Rank, RunId};
 
 use crate::support::{BINARY, Bench, Running, TOKEN, family, machine, put};
 
@@ -81,12 +82,86 @@ fn is_refused(to: SocketAddr, bytes: &[u8]) {
     }
 }
 
-/// A worker that has its peers takes nobody from its door: a stranger hears nothing.
-fn is_not_heard(at: SocketAddr, bytes: &[u8]) {
-    let mut stream = connect(at);
-    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    let _ = stream.write_all(bytes);
-    assert!(!matches!(stream.read(&mut [0]), Ok(1..)), "a worker at {at} answers a stranger");
+/// Who was spoken to, and what was said.
+type Heard = Arc<Mutex<Vec<(SocketAddr, Vec<u8>)>>>;
+
+/// Stands at 127.0.0.2 before every door of a process's children, passes everybody on, and keeps
+/// what each says in its handshake.
+struct Eavesdropper {
+    over: Arc<AtomicBool>,
+    heard: Heard,
+}
+
+impl Eavesdropper {
+    /// Bytes of a worker's handshake up to its proof: then both are authenticated.
+    const HANDSHAKE: usize = 144;
+
+    fn new(of: u32) -> Self {
+        let this = Self { over: Arc::default(), heard: Arc::default() };
+        let (over, heard) = (Arc::clone(&this.over), Arc::clone(&this.heard));
+        std::thread::spawn(move || {
+            let mut doors = BTreeSet::new();
+            while !over.load(Ordering::Relaxed) {
+                for port in family(of).into_iter().flat_map(ports) {
+                    if doors.insert(port) {
+                        Self::stand_before(port, &heard);
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        this
+    }
+
+    fn stand_before(port: u16, heard: &Heard) {
+        let behind = SocketAddr::from(([127, 0, 0, 1], port));
+        let listener = TcpListener::bind(("127.0.0.2", port)).unwrap();
+        let heard = Arc::clone(heard);
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let (Ok(mut client), Ok(mut server)) = (client, TcpStream::connect(behind)) else { continue };
+                let (mut back, mut forth) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    let _ = std::io::copy(&mut back, &mut forth);
+                    let _ = forth.shutdown(std::net::Shutdown::Both);
+                });
+                let heard = Arc::clone(&heard);
+                std::thread::spawn(move || {
+                    let mut said = vec![0; Self::HANDSHAKE];
+                    for at in 0..said.len() {
+                        if client.read_exact(&mut said[at..=at]).is_err()
+                            || server.write_all(&said[at..=at]).is_err()
+                        {
+                            return;
+                        }
+                    }
+                    heard.lock().unwrap().push((behind, said));
+                    let _ = std::io::copy(&mut client, &mut server);
+                    let _ = server.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        });
+    }
+}
+
+/// One who knows how to ask for a rank's place but has another key.
+fn wrong_data_key(worker: SocketAddr) {
+    let none = Listener::none();
+    let peer = |rank, endpoints| Peer { rank: Rank(rank), host_id: String::new(), endpoints };
+    let error = Communicator::connect(&ConnectOptions {
+        group: vec![peer(0, vec![Endpoint::new(worker)]), peer(1, Vec::new())],
+        me: Rank(1),
+        generation: Generation::default(),
+        run: RunId::new("besieged").unwrap(),
+        key: RunKey([7; 32]),
+        listener: &none,
+        deadline: Deadline::after(PATIENCE),
+        shared_memory: false,
+        test_delay_ns: 0,
+        tuning: Tuning::default(),
+    })
+    .unwrap_err();
+    assert!(matches!(error, hgct_comm::Error::WrongKey { .. }), "{error}");
 }
 
 /// Knocks at every door of a process and its children, from their first one on.
@@ -158,8 +233,9 @@ fn strangers_are_refused_and_hurt_nobody_and_the_token_is_seen_nowhere() {
     put(&host.path().join("token"), TOKEN, 0o600);
     let mut command = Command::new(BINARY);
     command.arg("--dir").arg(host.path()).args(["agent", "--join", &proxy.to_string(), "--name", "east"]);
-    command.arg("--token-file").arg(host.path().join("token"));
+    command.args(["--advertise", "127.0.0.2", "--token-file"]).arg(host.path().join("token"));
     let agent = Running::start(command, host.path().join("agent.log"));
+    let eavesdropper = Eavesdropper::new(agent.child.id());
     // Workers are beset while they look for each other, too.
     let over = Arc::new(AtomicBool::new(false));
     let (of, until) = (agent.child.id(), Arc::clone(&over));
@@ -175,15 +251,24 @@ fn strangers_are_refused_and_hurt_nobody_and_the_token_is_seen_nowhere() {
         .map(|port| SocketAddr::from(([127, 0, 0, 1], port)))
         .filter(|address| *address != coordinator)
         .collect();
-    println!("workers listen at {workers:?}");
+    assert_eq!(workers.len(), 2, "{workers:?}");
     let handshake = heard.lock().unwrap().clone();
     assert!(handshake.len() > 64, "nothing was heard");
     for bytes in bad_openings(&handshake) {
         is_refused(coordinator, &bytes);
         for worker in &workers {
-            is_not_heard(*worker, &bytes);
+            is_refused(*worker, &bytes);
         }
     }
+    // What one worker said to another, said again by a stranger.
+    eavesdropper.over.store(true, Ordering::Relaxed);
+    let overheard = eavesdropper.heard.lock().unwrap().clone();
+    assert!(!overheard.is_empty(), "no worker was overheard");
+    for (worker, said) in overheard {
+        assert!(workers.contains(&worker) && said.starts_with(b"hgct"), "{worker}: {said:?}");
+        is_refused(worker, &said);
+    }
+    workers.iter().copied().for_each(wrong_data_key);
     drop(connect(coordinator));
     wrong_token(coordinator);
     assert!(bench.losses("besieged").len() < 400, "the run was over before the attack was");
@@ -193,6 +278,14 @@ fn strangers_are_refused_and_hurt_nobody_and_the_token_is_seen_nowhere() {
     assert_eq!(code, 0, "{said}");
     assert_eq!(bench.losses("besieged").len(), 400);
     assert!(said.contains("a connection was refused"), "{said}");
+    for engine in ["jax", "mlx"] {
+        let log = bench.run_folder("besieged").join(format!("logs/east-{engine}-0.log"));
+        let log = fs::read_to_string(log).unwrap();
+        for why in ["not this protocol", "does not have the key of this run"] {
+            let told = log.lines().any(|line| line.contains("refused a connection") && line.contains(why));
+            assert!(told, "{engine} does not say {why:?}: {log}");
+        }
+    }
     assert_eq!(agent.finish(Duration::from_secs(10)).0, 0);
 
     let mut written = Vec::new();

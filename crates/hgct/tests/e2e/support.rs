@@ -69,10 +69,14 @@ pub(crate) struct Bench {
 impl Bench {
     /// With the environments of `engines`; `None`, said aloud, where one is not installed.
     pub(crate) fn new(engines: &[&str], steps: u32, checkpoint_every: u32) -> Option<Self> {
-        let table = table(engines)?;
+        Some(Self::with_table(&table(engines)?, steps, checkpoint_every))
+    }
+
+    /// With these environments.
+    pub(crate) fn with_table(table: &str, steps: u32, checkpoint_every: u32) -> Self {
         let bench = Self { folder: tempfile::tempdir().unwrap() };
         fs::create_dir(bench.path("hgct")).unwrap();
-        put(&bench.path("hgct/environments.toml"), &table, 0o644);
+        put(&bench.path("hgct/environments.toml"), table, 0o644);
         put(&bench.path("token"), TOKEN, 0o600);
         put(&bench.path("config.json"), CONFIG, 0o644);
         put(&bench.path("job.toml"), &job(steps, checkpoint_every), 0o644);
@@ -80,7 +84,7 @@ impl Bench {
         fs::create_dir_all(kept().join("check")).unwrap();
         fs::create_dir(bench.path("hgct/cache")).unwrap();
         std::os::unix::fs::symlink(kept().join("check"), bench.path("hgct/cache/check")).unwrap();
-        Some(bench)
+        bench
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -217,4 +221,32 @@ pub(crate) fn family(of: u32) -> Vec<u32> {
         at += 1;
     }
     found
+}
+
+/// The process of a worker below this one, by its engine.
+pub(crate) fn worker_of(of: u32, engine: &str) -> Option<u32> {
+    let is_worker = |pid: &u32| {
+        let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.contains("hgct.worker") && command.contains(&format!("/env/{engine}/"))
+    };
+    family(of).into_iter().find(is_worker)
+}
+
+/// A signal, such as `-STOP`.
+pub(crate) fn send(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+/// Sees all of these processes gone.
+pub(crate) fn all_gone(processes: &[u32], within: Duration) {
+    let deadline = Instant::now() + within;
+    let lives = |pid: &&u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+    };
+    while let Some(pid) = processes.iter().find(lives) {
+        let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        assert!(Instant::now() < deadline, "process {pid} lives on: {command:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
