@@ -27,7 +27,7 @@ use crate::workspace::write_atomically;
 
 Exit codes: 0 the step is simulated; 2 bad input.")]
 pub(crate) struct SimulateArgs {
-    /// A plan: of `hgct plan --model`, `hgct plan --tables`, or of `hgct plan job.toml` (with --profile)
+    /// A plan: one with its problem (`instance` and `layout`), or of `hgct plan job.toml` (with --profile)
     plan: PathBuf,
     /// What the devices of a job's plan were measured at
     #[arg(long, value_name = "FILE")]
