@@ -95,7 +95,7 @@ fn normalised(prices: &[f64]) -> Option<Vec<f64>> {
 
 /// Maximises `objective · x` with `row · x ≤ limit` and x ≥ 0; limits are not negative, so that the
 /// origin is a start. Bland's rule, so that it ends.
-fn maximise(objective: &[f64], rows: Vec<(Vec<f64>, f64)>) -> Vec<f64> {
+pub(crate) fn maximise(objective: &[f64], rows: Vec<(Vec<f64>, f64)>) -> Vec<f64> {
     let (num, num_rows) = (objective.len(), rows.len());
     let width = num + num_rows + 1;
     let mut table: Vec<Vec<f64>> = Vec::with_capacity(num_rows + 1);

@@ -16,6 +16,7 @@
 
 use serde::{Deserialize, Serialize};
 
+mod assign;
 mod check;
 mod curve;
 mod price;
@@ -23,10 +24,12 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 
+pub use assign::{Group, assign};
 pub use check::{Fault, check, check_instance};
 pub use curve::{Curve, Link, LinkRow};
 pub(crate) use price::exchange_groups;
 pub use price::{Priced, PricedStage, PricedTemplate, price};
+pub(crate) use schedule::Work;
 
 /// One planning problem.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -306,7 +309,7 @@ impl Rules {
     }
 
     /// What a run on today's frameworks does: transfers beside compute, exchange inside nodes first
-    /// and behind the last backward, sharded optimizer state, recompute.
+    /// and behind the last backward, sharded optimizer state, recompute; 1F1B only.
     pub fn hierarchical() -> Self {
         Self {
             transfer: Transfer::Overlapped,
@@ -316,12 +319,7 @@ impl Rules {
             recompute: true,
             shard_optimizer: true,
             max_replicas: 1,
-            schedules: vec![
-                Schedule::OneForwardOneBackward,
-                Schedule::Interleaved(2),
-                Schedule::Interleaved(4),
-                Schedule::ZeroBubble,
-            ],
+            schedules: vec![Schedule::OneForwardOneBackward],
         }
     }
 }

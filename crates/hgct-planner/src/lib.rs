@@ -13,6 +13,7 @@
 //! | [`bound`] | what no plan can beat |
 //! | [`estimate`] | such a problem from public figures of cards, with an interval, or from a profile |
 //! | [`instance`] | problems of thousands of devices as plain numbers, their answers and their price |
+//! | [`wide`] | the search over these: layouts, bound and gap, replanning |
 //! | [`explain`] | why this plan: a table for people, serde for programs |
 //! | [`scale`] | a layout's step as a timeline, for thousands of devices, and what-ifs |
 //! | [`mod@export`] | a plan in the words of other programs |
@@ -41,6 +42,7 @@ pub mod tables;
 #[cfg(test)]
 mod tests;
 pub mod truth;
+pub mod wide;
 
 pub use error::{Error, Result};
 pub use explain::Explanation;

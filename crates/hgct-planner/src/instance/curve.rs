@@ -13,8 +13,8 @@ pub enum Curve {
         /// Bytes a second after that.
         bytes_per_s: f64,
     },
-    /// A fitted bandwidth: `a·x² + b·x + c` GB/s (1e9 bytes) with `x = log2(bytes / 1e6)`, constant
-    /// outside of the sizes that were measured, and never above `cap_bytes_per_s`.
+    /// A fitted bandwidth: `a·x² + b·x + c` GB/s (1e9 bytes) with `x = log2(bytes / 1e6)`, never above
+    /// `cap_bytes_per_s`.
     Polynomial {
         /// Of x².
         a: f64,
@@ -22,7 +22,8 @@ pub enum Curve {
         b: f64,
         /// Constant.
         c: f64,
-        /// The fit says nothing of smaller messages: they move at this size's bandwidth.
+        /// The smallest that was measured: where the fit gives zero or less, messages move at this
+        /// size's bandwidth.
         smallest_bytes: f64,
         /// The fastest that was measured; infinite where the fit is used as it is.
         #[serde(default = "infinite", skip_serializing_if = "is_infinite")]
@@ -57,8 +58,12 @@ impl Curve {
         match self {
             Self::AlphaBeta { .. } => bytes / self.seconds(bytes),
             Self::Polynomial { a, b, c, smallest_bytes, cap_bytes_per_s } => {
-                let x = (bytes.max(*smallest_bytes) / 1e6).log2();
-                ((a * x * x + b * x + c) * 1e9).min(*cap_bytes_per_s)
+                let fit = |bytes: f64| {
+                    let x = (bytes / 1e6).log2();
+                    (a * x * x + b * x + c) * 1e9
+                };
+                let rate = fit(bytes);
+                (if rate > 0.0 { rate } else { fit(*smallest_bytes) }).min(*cap_bytes_per_s)
             }
         }
     }

@@ -20,6 +20,7 @@ fn rules(transfer: Transfer, overlap: f64) -> Rules {
         exchange_overlap: overlap,
         update: Update::AllLayers,
         max_replicas: 2,
+        schedules: vec![Schedule::Interleaved(2), Schedule::Interleaved(4), Schedule::ZeroBubble],
         ..Rules::hierarchical()
     }
 }

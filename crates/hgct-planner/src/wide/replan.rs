@@ -1,0 +1,201 @@
+//! What to do when nodes are lost: keep what runs, fill in, or begin anew.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::instance::{Fault, Instance, Layout, Priced, Stage, Template, assign, check, price};
+
+use super::form::{Form, Placed};
+use super::settle::{Crew, settle};
+use super::table::Table;
+use super::{Effort, find};
+
+/// A way to go on, with what it costs and what it gives.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Way {
+    /// `keep` (pipelines without a lost device, other micro-batches), `fill` (these, and new ones on
+    /// devices that are free), or `anew` (the best layout of what is left).
+    pub name: String,
+    /// The layout; pools and nodes are those of [`Replan::instance`].
+    pub layout: Layout,
+    /// Its price.
+    pub priced: Priced,
+    /// Pipelines whose devices and layers stay as they are.
+    pub kept_pipelines: u64,
+    /// State that devices must receive.
+    pub moved_bytes: f64,
+    /// Seconds that this takes, all new stages at once, each over its node's link.
+    pub moved_s: f64,
+    /// `moved_s` and the steps that were asked for.
+    pub total_s: f64,
+}
+
+/// What can be done, and what is best over the steps that were asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Replan {
+    /// The problem without the lost nodes.
+    pub instance: Instance,
+    /// All ways that fit, the best first; empty where none does.
+    pub ways: Vec<Way>,
+    /// Step of the parent before the loss.
+    pub before_s: f64,
+}
+
+/// Replans a layout after `lost` nodes (pool, node of the pool as [`assign`] counts them), to be used
+/// for `steps` steps. The fewer, the less it is worth to move.
+pub fn replan(
+    instance: &Instance,
+    parent: &Layout,
+    lost: &[(usize, u32)],
+    steps: u64,
+    effort: &Effort<'_>,
+) -> std::result::Result<Replan, Vec<Fault>> {
+    let faults = check(instance, parent);
+    let groups = assign(instance, parent).unwrap_or_default();
+    let lost: BTreeSet<(usize, u32)> = lost.iter().copied().collect();
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let mut left = instance.clone();
+    for (pool, node) in &lost {
+        let Some(pool) = left.pools.get_mut(*pool).filter(|_| *node < instance.pools[*pool].nodes) else {
+            let message = format!("there is no node {node} in pool {pool}");
+            return Err(vec![Fault { place: "lost".into(), message }]);
+        };
+        pool.nodes -= 1;
+    }
+    // Pipelines of each template that lost a device.
+    let hit: BTreeSet<(u32, u32)> = groups
+        .iter()
+        .filter(|g| lost.contains(&(g.pool as usize, g.node)))
+        .map(|g| (g.template, g.pipeline))
+        .collect();
+    let mut kept = parent.clone();
+    for (at, template) in kept.templates.iter_mut().enumerate() {
+        template.count -= hit.iter().filter(|(t, _)| *t as usize == at).count() as u32;
+    }
+    kept.templates.retain(|t| t.count > 0);
+    // A pool may be gone altogether; the instance keeps it with one node that nothing may use.
+    let gone: Vec<usize> = (0..left.pools.len()).filter(|p| left.pools[*p].nodes == 0).collect();
+    for pool in &gone {
+        left.pools[*pool].nodes = 1;
+        left.pools[*pool].costs.clear();
+    }
+    let mut ways = Vec::new();
+    let mut offer = |name: &str, layout: Layout| {
+        if !check(&left, &layout).is_empty() {
+            return;
+        }
+        let priced = price(&left, &layout);
+        let (kept_pipelines, moved_bytes, moved_s) = moved(&left, &kept, &layout);
+        let total_s = moved_s + steps as f64 * priced.iteration_s;
+        ways.push(Way { name: name.into(), layout, priced, kept_pipelines, moved_bytes, moved_s, total_s });
+    };
+    let table = Table::new(&left, |_, _| true);
+    let survivors = crew_of(&table, &kept);
+    if let Some(settled) = settle(&table, &survivors) {
+        offer("keep", settled.layout);
+    }
+    if let Some(settled) = fill_in(&left, &kept, effort).and_then(|new| {
+        let mut crew = survivors.clone();
+        crew.extend(crew_of(&table, &new));
+        settle(&table, &crew)
+    }) {
+        offer("fill", settled.layout);
+    }
+    if let Some((layout, _)) = find(&left, None, effort)?.best {
+        offer("anew", layout);
+    }
+    ways.sort_by(|a, b| a.total_s.total_cmp(&b.total_s));
+    Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left })
+}
+
+/// New pipelines on the devices that the kept ones leave free.
+fn fill_in(left: &Instance, kept: &Layout, effort: &Effort<'_>) -> Option<Layout> {
+    let used = kept.devices_used(left.pools.len());
+    let mut free = left.clone();
+    let mut any = false;
+    for (pool, used) in free.pools.iter_mut().zip(used) {
+        // Whole nodes only: part of one may not be contiguous.
+        let taken = used.div_ceil(u64::from(pool.devices_per_node)) as u32;
+        let nodes = pool.nodes.saturating_sub(taken);
+        any |= nodes > 0 && !pool.costs.is_empty();
+        if nodes == 0 {
+            pool.costs.clear();
+        }
+        pool.nodes = nodes.max(1);
+    }
+    if !any {
+        return None;
+    }
+    // Their part of the batch: by devices, in whole micro-batches of the parent's.
+    let (all, own) = (left.num_devices(), free.num_devices());
+    let size = kept.templates.iter().map(|t| t.micro_batch).max().unwrap_or(1);
+    let part = u64::from(left.global_batch) * own / all.max(1) / u64::from(size) * u64::from(size);
+    free.global_batch = (part as u32).max(size);
+    find(&free, None, effort).ok()?.best.map(|(layout, _)| layout)
+}
+
+/// The forms of a layout's templates; those that cannot be priced are left out.
+fn crew_of(table: &Table<'_>, layout: &Layout) -> Crew {
+    let choice = |stage: &Stage| {
+        table.choices.iter().position(|c| {
+            c.pool == stage.pool
+                && c.degree == stage.tensor_parallel
+                && c.replicas == stage.replicas
+                && c.recompute == stage.recompute
+        })
+    };
+    let form = |template: &Template| {
+        let size = table.micro_batches.iter().position(|b| *b == template.micro_batch)?;
+        let placed =
+            |stage: &Stage| Some(Placed { first: stage.first_layer as u16, choice: choice(stage)? as u16 });
+        let stages = template.stages.iter().map(placed).collect::<Option<Vec<_>>>()?;
+        Form::new(table, size, template.schedule, stages)
+    };
+    let mut crew: Crew = Vec::new();
+    for template in &layout.templates {
+        let Some(form) = form(template) else { continue };
+        match crew.iter_mut().find(|(known, _)| *known == form) {
+            Some((_, count)) => *count += template.count,
+            None => crew.push((form, template.count)),
+        }
+    }
+    crew
+}
+
+/// Pipelines that stay, bytes that the others must receive, and seconds for it.
+fn moved(instance: &Instance, kept: &Layout, layout: &Layout) -> (u64, f64, f64) {
+    let mut stay: Vec<(&[Stage], u32)> = kept.templates.iter().map(|t| (&t.stages[..], t.count)).collect();
+    let classes = instance.layer_classes();
+    let owners = layout.num_pipelines() as f64;
+    let (mut kept_pipelines, mut bytes, mut seconds) = (0u64, 0.0, 0.0f64);
+    for template in &layout.templates {
+        let mut new = template.count;
+        for (_, count) in stay.iter_mut().filter(|(stages, _)| *stages == template.stages) {
+            let same = new.min(*count);
+            *count -= same;
+            new -= same;
+            kept_pipelines += u64::from(same);
+        }
+        for stage in template.stages.iter().filter(|_| new > 0) {
+            let Some(degree) = instance.degree_index(stage.tensor_parallel) else { continue };
+            let layers = &classes[stage.first_layer as usize..stage.end_layer as usize];
+            let each: f64 = layers
+                .iter()
+                .map(|class| {
+                    let memory = &instance.classes[*class].memory[degree];
+                    let shards = if layout.shard_optimizer { owners } else { 1.0 };
+                    memory.state_bytes + memory.optimizer_bytes / shards
+                })
+                .sum();
+            let devices = stage.num_devices() as u32;
+            let whole = each * f64::from(devices);
+            bytes += whole * f64::from(new);
+            let devices = devices.min(instance.pools[stage.pool].devices_per_node);
+            seconds = seconds.max(instance.inter[stage.pool][stage.pool].seconds(devices, devices, whole));
+        }
+    }
+    (kept_pipelines, bytes, seconds)
+}

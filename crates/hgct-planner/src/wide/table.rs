@@ -1,0 +1,300 @@
+//! An instance as prefix sums, so that a stage's time and memory are a few subtractions.
+
+use crate::instance::{Instance, Schedule, Transfer};
+
+/// A way to place a stage: pool, degree, replicas, recompute.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Choice {
+    pub(crate) pool: usize,
+    /// Tensor parallel degree.
+    pub(crate) degree: u32,
+    /// Its position among the degrees.
+    pub(crate) degree_index: usize,
+    pub(crate) replicas: u32,
+    pub(crate) recompute: bool,
+    /// Devices of one instance.
+    pub(crate) devices: u32,
+    /// What its neighbours see of it: index into [`Table::ends`].
+    pub(crate) end: usize,
+}
+
+/// How a stage looks from a neighbour: pool and devices that send together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) pool: usize,
+    pub(crate) devices: u32,
+}
+
+/// Sums over the layers before each layer.
+type Prefix = Vec<f64>;
+
+/// Prefix sums of times of one (pool, degree, samples).
+#[derive(Debug, Clone)]
+struct Times {
+    forward: Prefix,
+    backward: Prefix,
+}
+
+/// Prefix sums of memory at one degree.
+#[derive(Debug, Clone)]
+struct Held {
+    state: Prefix,
+    optimizer: Prefix,
+    activation: Prefix,
+    recompute: Prefix,
+    /// Largest activation of any layer of `first..end`, at `first * (layers + 1) + end`.
+    largest: Vec<f64>,
+}
+
+/// What a stage of one micro-batch needs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct StageTime {
+    pub(crate) forward: f64,
+    pub(crate) backward: f64,
+    pub(crate) transfer: f64,
+}
+
+/// See the module.
+pub(crate) struct Table<'a> {
+    pub(crate) instance: &'a Instance,
+    pub(crate) num_layers: usize,
+    pub(crate) choices: Vec<Choice>,
+    pub(crate) ends: Vec<End>,
+    /// Micro-batch sizes that some choice can run, ascending.
+    pub(crate) micro_batches: Vec<u32>,
+    /// Gradient bytes of the layers before each layer.
+    pub(crate) gradient: Prefix,
+    /// By choice, by micro-batch.
+    times: Vec<Vec<Option<Times>>>,
+    held: Vec<Held>,
+    /// Which distinct output size each layer has.
+    output: Vec<usize>,
+    /// By micro-batch, output size, end from, end to.
+    transfers: Vec<Vec<Vec<Vec<f64>>>>,
+    /// Replicas of a layer that optimizer state is divided among.
+    pub(crate) shards: f64,
+}
+
+fn prefix(values: impl Iterator<Item = f64>) -> Prefix {
+    let mut sum = 0.0;
+    std::iter::once(0.0)
+        .chain(values.map(|x| {
+            sum += x;
+            sum
+        }))
+        .collect()
+}
+
+/// Largest value of every range.
+fn largest(values: &[f64]) -> Vec<f64> {
+    let width = values.len() + 1;
+    let mut all = vec![0.0; width * width];
+    for first in 0..values.len() {
+        let mut most = 0.0f64;
+        for end in first..values.len() {
+            most = most.max(values[end]);
+            all[first * width + end + 1] = most;
+        }
+    }
+    all
+}
+
+impl<'a> Table<'a> {
+    /// `usable` says which pools and degrees may be used at all.
+    pub(crate) fn new(instance: &'a Instance, usable: impl Fn(usize, u32) -> bool) -> Self {
+        let classes = instance.layer_classes();
+        let mut sizes: Vec<u32> =
+            instance.pools.iter().flat_map(|pool| pool.costs.iter().map(|row| row.micro_batch)).collect();
+        let most = instance.rules.max_replicas;
+        let replicated: Vec<u32> = (2..=most).flat_map(|r| sizes.iter().map(move |b| b * r)).collect();
+        sizes.extend(replicated);
+        sizes.retain(|b| *b <= instance.global_batch);
+        sizes.sort_unstable();
+        sizes.dedup();
+        let (mut choices, mut ends) = (Vec::new(), Vec::<End>::new());
+        for (pool, of) in instance.pools.iter().enumerate() {
+            for (degree_index, degree) in instance.degrees.iter().enumerate() {
+                let known = of.costs.iter().any(|row| row.tensor_parallel == *degree);
+                if *degree > of.devices_per_node || !known || !usable(pool, *degree) {
+                    continue;
+                }
+                for replicas in 1..=most {
+                    let devices = degree * replicas;
+                    let end = End { pool, devices: devices.min(of.devices_per_node) };
+                    let at = ends.iter().position(|e| *e == end).unwrap_or_else(|| {
+                        ends.push(end);
+                        ends.len() - 1
+                    });
+                    for recompute in [false, true] {
+                        if recompute && !instance.rules.recompute {
+                            continue;
+                        }
+                        choices.push(Choice {
+                            pool,
+                            degree: *degree,
+                            degree_index,
+                            replicas,
+                            recompute,
+                            devices,
+                            end: at,
+                        });
+                    }
+                }
+            }
+        }
+        let times = choices
+            .iter()
+            .map(|choice| sizes.iter().map(|b| Self::times(instance, &classes, choice, *b)).collect())
+            .collect();
+        let held = (0..instance.degrees.len())
+            .map(|degree| {
+                let of = |get: fn(&crate::instance::LayerMemory) -> f64| {
+                    classes.iter().map(move |class| get(&instance.classes[*class].memory[degree]))
+                };
+                Held {
+                    state: prefix(of(|m| m.state_bytes)),
+                    optimizer: prefix(of(|m| m.optimizer_bytes)),
+                    activation: prefix(of(|m| m.activation_bytes)),
+                    recompute: prefix(of(|m| m.recompute_bytes)),
+                    largest: largest(&of(|m| m.activation_bytes).collect::<Vec<_>>()),
+                }
+            })
+            .collect();
+        let mut bytes: Vec<f64> = Vec::new();
+        let output = classes
+            .iter()
+            .map(|class| {
+                let size = instance.classes[*class].output_bytes;
+                bytes.iter().position(|b| b.total_cmp(&size).is_eq()).unwrap_or_else(|| {
+                    bytes.push(size);
+                    bytes.len() - 1
+                })
+            })
+            .collect();
+        let transfers = sizes
+            .iter()
+            .map(|b| {
+                let of_size = |size: &f64| {
+                    let row = |from: &End| {
+                        let to = |to: &End| {
+                            instance.inter[from.pool][to.pool].seconds(
+                                from.devices,
+                                to.devices,
+                                size * f64::from(*b),
+                            )
+                        };
+                        ends.iter().map(to).collect()
+                    };
+                    ends.iter().map(row).collect()
+                };
+                bytes.iter().map(of_size).collect()
+            })
+            .collect();
+        let gradient = prefix(classes.iter().map(|class| instance.classes[*class].gradient_bytes));
+        Self {
+            instance,
+            num_layers: classes.len(),
+            choices,
+            ends,
+            micro_batches: sizes,
+            gradient,
+            times,
+            held,
+            output,
+            transfers,
+            shards: 1.0,
+        }
+    }
+
+    fn times(instance: &Instance, classes: &[usize], choice: &Choice, micro_batch: u32) -> Option<Times> {
+        if !micro_batch.is_multiple_of(choice.replicas) {
+            return None;
+        }
+        let row = instance.pools[choice.pool].cost(choice.degree, micro_batch / choice.replicas)?;
+        let again = |class: usize| if choice.recompute { row.forward_s[class] } else { 0.0 };
+        Some(Times {
+            forward: prefix(classes.iter().map(|class| row.forward_s[*class])),
+            backward: prefix(classes.iter().map(|class| row.backward_s[*class] + again(*class))),
+        })
+    }
+
+    /// Whether a choice can run micro-batches of that size.
+    pub(crate) fn runs(&self, choice: usize, size: usize) -> bool {
+        self.times[choice][size].is_some()
+    }
+
+    /// Forward and backward of layers `first..end`; infinite where the cost is not known.
+    pub(crate) fn compute(&self, choice: usize, size: usize, first: usize, end: usize) -> (f64, f64) {
+        match &self.times[choice][size] {
+            Some(t) => (t.forward[end] - t.forward[first], t.backward[end] - t.backward[first]),
+            None => (f64::INFINITY, f64::INFINITY),
+        }
+    }
+
+    /// Handing a micro-batch from end to end after `layer`.
+    pub(crate) fn transfer(&self, size: usize, layer: usize, from: usize, to: usize) -> f64 {
+        self.transfers[size][self.output[layer]][from][to]
+    }
+
+    /// Peak memory of each device of a stage.
+    pub(crate) fn memory(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> f64 {
+        let of = &self.choices[choice];
+        let held = &self.held[of.degree_index];
+        let between = |sums: &Prefix| sums[end] - sums[first];
+        let samples = f64::from(self.micro_batches[size] / of.replicas);
+        let overhead = self.instance.pools[of.pool].overhead_bytes[of.degree_index];
+        let state = between(&held.state) + between(&held.optimizer) / self.shards;
+        let kept = if of.recompute {
+            let working = held.largest[first * (self.num_layers + 1) + end];
+            in_flight * between(&held.recompute) + working
+        } else {
+            in_flight * between(&held.activation)
+        };
+        state + samples * kept + overhead
+    }
+
+    /// Whether memory suffices, with room for rounding.
+    pub(crate) fn fits(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> bool {
+        let limit = self.instance.pools[self.choices[choice].pool].memory_bytes;
+        self.memory(choice, size, first, end, in_flight) <= limit * (1.0 - 1e-12)
+    }
+
+    /// The pace that a stage allows.
+    pub(crate) fn pace(&self, time: StageTime) -> f64 {
+        let compute = time.forward + time.backward;
+        match self.instance.rules.transfer {
+            Transfer::Published | Transfer::Serial => compute + time.transfer,
+            Transfer::Overlapped => compute.max(time.transfer),
+        }
+    }
+
+    /// Transfers of a stage by its neighbours: `after` the end of the next stage, `before` that of the
+    /// previous one; `num_stages` is known once the first stage is placed.
+    #[allow(clippy::too_many_arguments, reason = "a stage with all that is around it")]
+    pub(crate) fn stage_transfer(
+        &self,
+        size: usize,
+        (first, end): (usize, usize),
+        own: usize,
+        after: Option<usize>,
+        before: Option<usize>,
+        num_stages: usize,
+        schedule: Schedule,
+    ) -> f64 {
+        let mut activation = after.map_or(0.0, |to| self.transfer(size, end - 1, own, to));
+        let mut gradient = before.map_or(0.0, |to| self.transfer(size, first - 1, own, to));
+        if self.instance.rules.transfer == Transfer::Published {
+            if before.is_none() && num_stages > 3 {
+                activation *= 2.0;
+            }
+            if after.is_none() {
+                gradient *= 2.0;
+            }
+        }
+        let times = match schedule {
+            Schedule::Interleaved(v) => f64::from(v.max(1)),
+            _ => 1.0,
+        };
+        (activation + gradient) * times
+    }
+}

@@ -1,0 +1,7 @@
+//! The search over pools against brute force, a second pricer, and properties.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
+
+mod brute;
+mod cases;
+mod properties;
