@@ -168,7 +168,23 @@ impl Catalogue {
         self.by_name.get(name).or_else(|| self.iter().find(alias))
     }
 
-    /// The same, with an error that suggests the nearest names; `file` and `key` say where the name
+    /// The accelerator of a discovered kind, such as `nvidia-a100-sxm4-80gb/torch`: the one that has
+    /// an alias all of whose words stand in it, the longest if several have.
+    pub fn of_kind(&self, kind: &str) -> Option<&Accelerator> {
+        let words = |text: &str| -> Vec<String> {
+            let parts = text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|part| !part.is_empty());
+            parts.map(str::to_ascii_lowercase).collect()
+        };
+        let found = words(kind.split('/').next().unwrap_or(kind));
+        let longest = |row: &Accelerator| {
+            let known = row.aliases.iter().map(|alias| words(alias));
+            known.filter(|alias| alias.iter().all(|word| found.contains(word))).map(|alias| alias.len()).max()
+        };
+        let matched = self.iter().filter_map(|row| Some((longest(row)?, row)));
+        matched.max_by_key(|(length, _)| *length).map(|(_, row)| row)
+    }
+
+    /// The same as [`Catalogue::get`], with an error that suggests the nearest names; `file` and `key` say where the name
     /// stands.
     pub fn find(&self, file: &str, key: &str, name: &str) -> Result<&Accelerator> {
         self.get(name).ok_or_else(|| {
@@ -254,6 +270,8 @@ mod tests {
             catalogue.insert(Accelerator::from_toml("x", &text).unwrap());
         }
         assert_eq!(catalogue.get("V MI300X").unwrap().name, "mi300x");
+        assert_eq!(catalogue.of_kind("v-a100-80-80gib/torch").unwrap().name, "a100-80");
+        assert_eq!(catalogue.of_kind("amd-epyc-v/torch"), None);
         let error = |name: &str| catalogue.find("cluster.toml", "group.kind", name).unwrap_err().to_string();
         assert_eq!(
             error("a100"),

@@ -111,6 +111,19 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// No sum of micro-batches gives the global batch.
+    #[error(
+        "the global batch is {global_batch}, which no sum of micro-batches of {sizes:?} samples gives; nearest \
+         that work: {nearest}"
+    )]
+    GlobalBatch {
+        /// Samples a step.
+        global_batch: u32,
+        /// Micro-batch sizes that may be used.
+        sizes: Vec<u32>,
+        /// Nearest batches that work.
+        nearest: String,
+    },
     /// The catalogue does not know how fast a card is in a dtype.
     #[error(
         "group {group}: the catalogue knows no rate of {kind} in {dtype} (it knows: {known}); choose another \

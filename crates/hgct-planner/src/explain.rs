@@ -314,7 +314,7 @@ fn mib(bytes: u64) -> String {
 }
 
 /// Lines up columns: the first two to the left, the others to the right.
-fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
+pub(crate) fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -337,7 +337,7 @@ fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
     Ok(())
 }
 
-fn cells<const N: usize>(row: [&str; N]) -> Vec<String> {
+pub(crate) fn cells<const N: usize>(row: [&str; N]) -> Vec<String> {
     row.iter().map(|s| (*s).to_owned()).collect()
 }
 

@@ -8,6 +8,7 @@
 //!
 //! | Module | Holds |
 //! | --- | --- |
+//! | [`answer`] | the answer to a large problem as a document, and why it is the answer |
 //! | [`cost`] | time and memory of stages, from the profile |
 //! | [`mod@simulate`] | a plan's step as a timeline |
 //! | [`bound`] | what no plan can beat |
@@ -21,6 +22,7 @@
 //! | [`truth`] | our price of a plan that somebody has really run, and the published one |
 //! | [`mod@lint`] | what is wrong with any plan, independent of the search |
 
+pub mod answer;
 pub mod bound;
 mod choices;
 pub mod cost;

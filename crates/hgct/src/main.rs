@@ -2,6 +2,7 @@
 
 mod agent;
 mod bench;
+mod catalogue;
 mod ckpt;
 mod commands;
 mod coordinator;

@@ -2,7 +2,7 @@
 
 use hgct_core::cluster::{Grant, Isolation};
 use hgct_core::ids::{DeviceId, Kind, Rank, RunId};
-use hgct_core::plan::Plan;
+use hgct_core::plan::{Plan, PlanRank};
 use hgct_core::profile::DeviceProfile;
 use hgct_core::timeline::RankTimeline;
 use serde::Serialize;
@@ -73,6 +73,8 @@ pub(crate) struct Steps {
     pub(crate) limited_by: Option<String>,
     /// Tokens of a step ÷ measured time.
     pub(crate) tokens_per_second: Option<f64>,
+    /// Model flops ÷ (time × sum of the devices' peaks), where the catalogue knows all of them.
+    pub(crate) mfu: Option<f64>,
     /// Sum of what the devices reach alone.
     pub(crate) alone_tokens_per_second: Option<f64>,
     /// Together ÷ that sum.
@@ -180,6 +182,11 @@ impl Steps {
             bound_seconds: prediction.map(|p| p.bound_ns as f64 / 1e9),
             limited_by: prediction.map(|p| p.limited_by.clone()),
             tokens_per_second: measured.map(|m| tokens / m),
+            mfu: measured.zip(sum_of_peaks(&inputs.plan)).map(|(seconds, peak)| {
+                let plan = &inputs.plan;
+                let flops = plan.model.train_flops(0..plan.model.num_placeable_layers(), plan.seq_len);
+                flops * f64::from(plan.global_batch) / seconds / peak
+            }),
             alone_tokens_per_second: None,
             efficiency: None,
         }
@@ -241,6 +248,21 @@ pub(super) fn only_step(rank: &RankTimeline, step: u64) -> RankTimeline {
         transfers: rank.transfers.iter().filter(|span| span.step == step).copied().collect(),
         ..rank.clone()
     }
+}
+
+/// Sum of the devices' peaks in the dtype of arithmetic, if it is one and the catalogue knows all of
+/// them.
+fn sum_of_peaks(plan: &Plan) -> Option<f64> {
+    let dtype = plan.stages.first()?.compute_dtype;
+    if plan.stages.iter().any(|stage| stage.compute_dtype != dtype) {
+        return None;
+    }
+    let catalogue = crate::catalogue::load(None).ok()?;
+    let peak = |rank: &PlanRank| {
+        let accelerator = catalogue.of_kind(rank.kind.as_str())?;
+        Some(accelerator.peak_flops_per_s.get(&dtype)?.value)
+    };
+    plan.ranks.iter().map(peak).sum()
 }
 
 /// Share of a step's model flops that a rank computes; recompute does not count.

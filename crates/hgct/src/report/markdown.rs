@@ -91,6 +91,9 @@ fn verdict(out: &mut String, report: &Report, inputs: &Inputs) {
             if let Some(efficiency) = steps.efficiency {
                 let _ = write!(out, " or {} of what the devices reach alone in sum", percent(efficiency));
             }
+            if let Some(mfu) = steps.mfu {
+                let _ = write!(out, " (MFU {:.1} %)", 100.0 * mfu);
+            }
             match (steps.predicted_seconds, steps.prediction_error) {
                 (Some(predicted), Some(error)) => {
                     let _ =

@@ -272,6 +272,31 @@ fn figures_follow_from_the_documents() {
 }
 
 #[test]
+fn mfu_is_there_where_the_catalogue_knows_every_device() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = folder(parent.path());
+    let with_kinds = |kinds: [&str; 3]| {
+        let mut plan = plan();
+        for (rank, kind) in plan.ranks.iter_mut().zip(kinds) {
+            rank.kind = Kind::new(kind).unwrap();
+        }
+        std::fs::write(folder.join("plan.json"), canonical::encode(&plan)).unwrap();
+        write(&folder).unwrap()
+    };
+    let a100 = "nvidia-a100-sxm4-80gb/torch";
+    assert_eq!(with_kinds([a100, a100, "amd-epyc/mlx"]).report.steps.mfu, None);
+    let written = with_kinds([a100, a100, "iluvatar-bi-v150-64gib/torch"]);
+    // No f32 figure of the third.
+    assert_eq!(written.report.steps.mfu, None);
+    let written = with_kinds([a100, a100, "nvidia-tesla-t4-16gib/torch"]);
+    let model = plan().model;
+    let flops = model.train_flops(0..model.num_placeable_layers(), 128) * 32.0;
+    let expected = flops / written.report.steps.measured_seconds.unwrap() / (2.0 * 19.5e12 + 8.1e12);
+    assert!((written.report.steps.mfu.unwrap() / expected - 1.0).abs() < 1e-12);
+    assert!(written.markdown.contains("(MFU 0."));
+}
+
+#[test]
 fn a_run_that_left_only_its_plan_has_a_report() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("r1");
