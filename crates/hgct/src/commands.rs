@@ -113,20 +113,20 @@ fn broken(fleet: &Fleet, asked: &[DeviceId]) -> Vec<Lost> {
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
     /// The job to measure and plan for
-    job: PathBuf,
+    pub(crate) job: PathBuf,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
     /// Write the document to this file too
-    #[arg(long, value_name = "FILE")]
-    output: Option<PathBuf>,
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
     /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
     #[arg(long, value_name = "FILE", requires = "cluster")]
-    profile: Option<PathBuf>,
+    pub(crate) profile: Option<PathBuf>,
     #[command(flatten)]
-    devices: DeviceArgs,
+    pub(crate) devices: DeviceArgs,
     #[command(flatten)]
-    agents: AgentArgs,
+    pub(crate) agents: AgentArgs,
 }
 
 /// Measures the devices for a job.

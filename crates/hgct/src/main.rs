@@ -15,6 +15,7 @@ mod job;
 mod layouts;
 mod metrics;
 mod plain_loops;
+mod planning;
 mod process;
 mod report;
 mod session;
@@ -55,9 +56,8 @@ enum Command {
     /// Measure the devices for a job
     #[command(after_help = "Example:\n  hgct profile job.toml --output profile.json")]
     Profile(commands::PlanArgs),
-    /// Plan a job under what was measured, and say why this plan
-    #[command(after_help = "Example:\n  hgct plan job.toml --output plan.json")]
-    Plan(commands::PlanArgs),
+    /// Plan a job under what was measured, or any model on any cluster, and say why this plan
+    Plan(planning::Args),
     /// Train a job: discover, check, profile, plan, train, report
     Train(train::TrainArgs),
     /// Serve a run on this host: start and watch its workers
@@ -81,16 +81,17 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // Who serves a run stops in order; all else may simply be ended.
-    let serves = !matches!(
-        cli.command,
+    let serves = match &cli.command {
         Command::Devices(_)
-            | Command::Report(_)
-            | Command::Ckpt(_)
-            | Command::Data(_)
-            | Command::Simulate(_)
-            | Command::Export(_)
-            | Command::Validate(_)
-    );
+        | Command::Report(_)
+        | Command::Ckpt(_)
+        | Command::Data(_)
+        | Command::Simulate(_)
+        | Command::Export(_)
+        | Command::Validate(_) => false,
+        Command::Plan(args) => !args.only_documents(),
+        _ => true,
+    };
     let blocked = if serves { coordinator::block_signals() } else { Ok(()) };
     let done = blocked.and_then(|()| run(&cli));
     match done {
@@ -116,7 +117,7 @@ fn run(cli: &Cli) -> anyhow::Result<u8> {
         Command::Devices(args) => devices::run(&cli.dir, args),
         Command::Check(args) => commands::check(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Profile(args) => commands::profile(&workspace::Workspace::open(&cli.dir)?, args),
-        Command::Plan(args) => commands::plan(&workspace::Workspace::open(&cli.dir)?, args),
+        Command::Plan(args) => planning::run(&cli.dir, args),
         Command::Train(args) => train::run(&workspace::Workspace::open(&cli.dir)?, args),
         Command::Agent(args) => agent::run(&cli.dir, args),
         Command::Report(args) => report::run(&workspace::Workspace::open(&cli.dir)?, args),

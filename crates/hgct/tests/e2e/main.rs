@@ -5,5 +5,6 @@
 mod bad_input;
 mod ends;
 mod hosts;
+mod planning;
 mod safety;
 mod support;

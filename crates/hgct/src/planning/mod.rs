@@ -1,0 +1,320 @@
+//! `hgct plan`: of a job on devices that are here, or of any model on any cluster from documents alone.
+
+mod problem;
+mod search;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use hgct_core::canonical::{self, Hash};
+use hgct_core::dtype::DType;
+use hgct_planner::answer::{Answer, Basis, Expected, Why, compare, limited_by, shortage, why};
+use hgct_planner::instance::{Instance, Pool, price};
+use hgct_planner::wide::{Effort, Found, Way, replan};
+use serde_json::{Value, json};
+
+use crate::commands::{self, PlanArgs};
+use crate::train::{AgentArgs, DeviceArgs};
+use crate::workspace::{Workspace, write_atomically};
+use problem::Problem;
+
+/// `hgct plan`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  hgct plan job.toml --output plan.json
+  hgct plan --cluster cluster.toml --model config.json --global-batch 1024 --seq-len 4096
+  hgct plan --cluster cluster.toml --model config.json --global-batch 1024 --seq-len 4096 --explain -o plan.json
+  hgct plan --compare first.json second.json
+  hgct plan --parent plan.json --lose h800-7 -o next.json
+
+With --model no device is needed: see docs/planning.md.
+
+Exit codes: 0 there is a plan; 2 bad input, or the model fits nowhere.")]
+pub(crate) struct Args {
+    /// The job to plan for, on devices that are measured
+    #[arg(required_unless_present_any = ["model", "compare", "parent"])]
+    job: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write the plan to this file too
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
+    #[arg(long, value_name = "FILE", requires = "cluster")]
+    profile: Option<PathBuf>,
+    #[command(flatten)]
+    large: Large,
+    /// Compare two plans of --model
+    #[arg(long, num_args = 2, value_names = ["FIRST", "SECOND"], conflicts_with_all = ["job", "model"])]
+    compare: Vec<PathBuf>,
+    /// Plan on from this plan of --model after a loss
+    #[arg(long, value_name = "FILE", requires = "lose", conflicts_with_all = ["job", "model", "compare"])]
+    parent: Option<PathBuf>,
+    /// Nodes that are lost, GROUP-INDEX
+    #[arg(long, value_name = "NODE,…", value_delimiter = ',', requires = "parent")]
+    lose: Vec<String>,
+    /// Steps for which the new plan is to be used: the fewer, the less it is worth to move
+    #[arg(long, value_name = "N", requires = "parent", default_value_t = 1000)]
+    steps: u64,
+    #[command(flatten)]
+    devices: DeviceArgs,
+    #[command(flatten)]
+    agents: AgentArgs,
+}
+
+/// A problem from documents.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Large {
+    /// Plan this model (a Hugging Face config.json) on the groups of --cluster
+    #[arg(long, value_name = "FILE", conflicts_with = "job", requires_all = ["cluster", "global_batch"])]
+    model: Option<PathBuf>,
+    /// Samples a step
+    #[arg(long, value_name = "N", requires = "model")]
+    global_batch: Option<u32>,
+    /// Tokens a sample [default: 4096, or what the model allows]
+    #[arg(long, value_name = "N", requires = "model")]
+    seq_len: Option<u32>,
+    /// Dtype of arithmetic: bf16, f16 or f32
+    #[arg(long, value_name = "DTYPE", default_value = "bf16", value_parser = problem::precision)]
+    precision: DType,
+    /// Samples a micro-batch may have, such as 1,2,4 [default: 1 to 16 by twos]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "model")]
+    micro_batches: Vec<u32>,
+    /// Search for this long, and print the best plan and how far from the best possible it may be
+    #[arg(long, value_name = "SECONDS", requires = "model")]
+    time_limit: Option<f64>,
+    /// Search for what was rejected and what more devices, memory and bandwidth would bring, too
+    #[arg(long, requires = "model")]
+    explain: bool,
+    /// Folder of accelerator files beside or in place of the built-in ones
+    #[arg(long, value_name = "DIR", requires = "model")]
+    accelerators: Option<PathBuf>,
+}
+
+impl Args {
+    /// Whether only documents are read: no device, no agent, no folder of runs.
+    pub(crate) fn only_documents(&self) -> bool {
+        self.job.is_none()
+    }
+}
+
+/// Plans, or compares plans.
+pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
+    if let [first, second] = args.compare.as_slice() {
+        return compare_files(first, second, args.json);
+    }
+    if let Some(parent) = &args.parent {
+        return after_loss(args, parent);
+    }
+    match (&args.job, &args.large.model) {
+        (Some(job), _) => {
+            let args = PlanArgs {
+                job: job.clone(),
+                json: args.json,
+                output: args.output.clone(),
+                profile: args.profile.clone(),
+                devices: args.devices.clone(),
+                agents: args.agents.clone(),
+            };
+            commands::plan(&Workspace::open(dir)?, &args)
+        }
+        (None, Some(model)) => from_documents(args, model),
+        (None, None) => bail!("give a job, or --model with --cluster"),
+    }
+}
+
+fn from_documents(args: &Args, model: &Path) -> Result<u8> {
+    let Some(cluster) = &args.devices.cluster else { bail!("--model needs --cluster") };
+    let problem = Problem::read(&args.large, cluster, model, args.profile.as_deref())?;
+    let started = Instant::now();
+    let found = search::search(&problem.instance, args.large.time_limit)?;
+    let search_seconds = started.elapsed().as_secs_f64();
+    let alone = alone(&problem.instance, &found);
+    let Some((layout, priced)) = found.best else {
+        bail!("{}", fits_nowhere(&problem.instance, found.finished));
+    };
+    let seconds = |instance: &Instance| price(instance, &layout).iteration_s;
+    let [slow_s, fast_s] = [&problem.slow, &problem.fast].map(|case| case.as_ref().map(seconds));
+    let answer = Answer {
+        format: Answer::FORMAT,
+        parent: None,
+        basis: problem.basis,
+        model: problem.model,
+        peaks: problem.peaks,
+        confidence: problem.confidence,
+        layout,
+        instance: problem.instance,
+        prediction: Expected {
+            iteration_s: priced.iteration_s,
+            slow_s,
+            fast_s,
+            bound_s: Some(found.proven_s),
+            prices: found.bound.prices,
+            limited_by: found.limited_by,
+            finished: found.finished,
+        },
+    };
+    let mut again = |changed: &Instance| search::quick(changed);
+    let why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
+    let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };
+    print(args, &answer, &why, search_seconds, None, hint)
+}
+
+/// Iterations a second of each pool alone, where the search tried all of them.
+fn alone(instance: &Instance, found: &Found) -> Vec<Option<f64>> {
+    let of_pool = |pool: usize| {
+        let row = found.alternatives.iter().find(|row| row.pools == [pool])?;
+        Some(row.best.as_ref().map(|(_, priced)| 1.0 / priced.iteration_s))
+    };
+    (0..instance.pools.len()).map(of_pool).collect::<Option<_>>().unwrap_or_default()
+}
+
+/// Plans on without some nodes.
+fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
+    let parent = read_answer(parent)?;
+    let lost = args.lose.iter().map(|name| node(&parent.instance, name)).collect::<Result<Vec<_>>>()?;
+    let started = Instant::now();
+    let found = replan(&parent.instance, &parent.layout, &lost, args.steps, &Effort::default());
+    let found = found.map_err(|faults| search::unsound(&faults))?;
+    let search_seconds = started.elapsed().as_secs_f64();
+    let Some(best) = found.ways.first() else {
+        bail!(
+            "without {} the model fits nowhere: add devices, or plan anew for what is left",
+            args.lose.join(", ")
+        );
+    };
+    let answer = Answer {
+        parent: Some(Hash::of(&parent)),
+        layout: best.layout.clone(),
+        instance: found.instance,
+        prediction: Expected {
+            iteration_s: best.priced.iteration_s,
+            slow_s: None,
+            fast_s: None,
+            bound_s: None,
+            prices: Vec::new(),
+            limited_by: limited_by(&best.priced).to_owned(),
+            finished: true,
+        },
+        ..parent
+    };
+    let mut text = format!("Without {}: it was {:.3} s a step\n", args.lose.join(", "), found.before_s);
+    let ways: Vec<Value> = found.ways.iter().map(|way| told(way, &mut text)).collect();
+    let ways =
+        json!({ "lost": args.lose, "before_seconds": found.before_s, "steps": args.steps, "ways": ways });
+    print(args, &answer, &why(&answer, &[], None), search_seconds, Some((text, ways)), "")
+}
+
+/// A way to go on, as a line and as data.
+fn told(way: &Way, text: &mut String) -> Value {
+    use std::fmt::Write as _;
+    let _ = writeln!(
+        text,
+        "  {:<5} {:.3} s a step; {} pipelines stay as they are, {:.1} GB to move in {:.1} s",
+        way.name,
+        way.priced.iteration_s,
+        way.kept_pipelines,
+        way.moved_bytes / 1e9,
+        way.moved_s
+    );
+    json!({
+        "name": way.name,
+        "iteration_seconds": way.priced.iteration_s,
+        "kept_pipelines": way.kept_pipelines,
+        "moved_bytes": way.moved_bytes,
+        "moving_seconds": way.moved_s,
+        "total_seconds": way.total_s,
+    })
+}
+
+/// The pool and index of a node by its name, `GROUP-INDEX`.
+fn node(instance: &Instance, name: &str) -> Result<(usize, u32)> {
+    let found = name.rsplit_once('-').and_then(|(group, index)| {
+        let pool = instance.pools.iter().position(|pool| pool.kind == group)?;
+        let index: u32 = index.parse().ok()?;
+        (index < instance.pools[pool].nodes).then_some((pool, index))
+    });
+    found.with_context(|| {
+        let range = |pool: &Pool| format!("{}-0 to {}-{}", pool.kind, pool.kind, pool.nodes - 1);
+        let known: Vec<String> = instance.pools.iter().map(range).collect();
+        format!("--lose: there is no node {name}; there are {}", known.join(", "))
+    })
+}
+
+/// Writes the plan to its file and prints it; `ways` stand before it.
+fn print(
+    args: &Args,
+    answer: &Answer,
+    why: &Why,
+    search_seconds: f64,
+    ways: Option<(String, Value)>,
+    hint: &str,
+) -> Result<u8> {
+    if let Some(path) = &args.output {
+        write_atomically(path, canonical::encode(answer).as_bytes(), 0o644)?;
+    }
+    let text = if args.json {
+        let mut document = document(answer, why, search_seconds);
+        if let Some((_, ways)) = ways {
+            document["replanned"] = ways;
+        }
+        canonical::encode(&document)
+    } else {
+        let ways = ways.map_or_else(String::new, |(text, _)| format!("{text}\n"));
+        format!("{ways}{}{hint}Searched for {search_seconds:.2} s.\n", answer.tell(why))
+    };
+    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the plan")?;
+    Ok(0)
+}
+
+/// What `--json` prints.
+fn document(answer: &Answer, why: &Why, search_seconds: f64) -> Value {
+    let prediction = &answer.prediction;
+    json!({
+        "iterations_per_second": answer.iterations_per_s(),
+        "iteration_seconds": prediction.iteration_s,
+        "interval_seconds": prediction.fast_s.zip(prediction.slow_s).map(|(fast, slow)| [fast, slow]),
+        "upper_bound": prediction.bound_s.map(|bound| 1.0 / bound),
+        "gap": prediction.gap(),
+        "limited_by": prediction.limited_by,
+        "finished": prediction.finished,
+        "search_seconds": search_seconds,
+        "tokens_per_second": answer.tokens_per_s(),
+        "mfu": answer.mfu(),
+        "basis": answer.basis,
+        "measure_first": answer.basis == Basis::Estimate,
+        "stages": answer.rows(),
+        "why": why,
+        "plan": answer,
+    })
+}
+
+fn fits_nowhere(instance: &Instance, finished: bool) -> String {
+    match shortage(instance) {
+        Some(shortage) => format!("the model fits nowhere: {shortage}"),
+        None if finished => {
+            "the model fits nowhere: all devices together would hold it, but no division into \
+                             pipelines does; use devices with more memory, or a larger cluster"
+                .to_owned()
+        }
+        None => "the search was ended before it had a plan: give it a larger --time-limit".to_owned(),
+    }
+}
+
+fn compare_files(first: &Path, second: &Path, json: bool) -> Result<u8> {
+    let [a, b] = [read_answer(first)?, read_answer(second)?];
+    let compared = compare(&a, &b);
+    let text = if json { canonical::encode(&compared) } else { compared.to_string() };
+    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the comparison")?;
+    Ok(0)
+}
+
+/// Reads a plan that `--model` wrote.
+pub(crate) fn read_answer(path: &Path) -> Result<Answer> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let answer = Answer::from_json(&path.to_string_lossy(), &text);
+    answer.with_context(|| format!("{} is no plan of `hgct plan --model`", path.display()))
+}

@@ -1,0 +1,223 @@
+//! `hgct plan --model`: from documents alone to a plan, and bad input to one clear error.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::support::{BINARY, root};
+
+/// Two small groups, a folder to write to, and the arguments of a call that works.
+struct Documents {
+    folder: tempfile::TempDir,
+}
+
+const CLUSTER: &str = r#"format = 1
+[[group]]
+name = "fast"
+kind = "a100-80"
+nodes = 2
+devices = 4
+nics = 4
+nic_bytes_per_s = 25e9
+[[group]]
+name = "slow"
+kind = "v100-32"
+nodes = 2
+devices = 4
+nics = 1
+nic_bytes_per_s = 12.5e9
+[[link]]
+between = ["fast", "slow"]
+bytes_per_s = 10e9
+"#;
+
+const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
+  "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+  "max_position_embeddings": 2048}"#;
+
+impl Documents {
+    fn new() -> Self {
+        let documents = Self { folder: tempfile::tempdir().unwrap() };
+        documents.put("cluster.toml", CLUSTER);
+        documents.put("config.json", CONFIG);
+        documents
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn put(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn plan(&self, batch: &str, more: &[&str]) -> Output {
+        let mut command = Command::new(BINARY);
+        command.current_dir(self.folder.path()).args(["plan", "--cluster", "cluster.toml"]);
+        command.args(["--model", "config.json", "--global-batch", batch]);
+        if !more.contains(&"--precision") {
+            command.args(["--precision", "f16"]);
+        }
+        command.args(more).output().unwrap()
+    }
+
+    fn json(&self, more: &[&str]) -> Value {
+        let output = self.plan("64", &[more, &["--json"]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The one error of a call that must fail with exit code 2.
+    fn error(&self, batch: &str, more: &[&str]) -> String {
+        let output = self.plan(batch, more);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(output.stdout.is_empty() && error.starts_with("hgct: "), "{error}");
+        error
+    }
+
+    /// The error when one part of the cluster is replaced.
+    fn with(&self, from: &str, to: &str) -> String {
+        assert!(CLUSTER.contains(from), "{from}");
+        self.put("cluster.toml", &CLUSTER.replacen(from, to, 1));
+        let error = self.error("64", &[]);
+        self.put("cluster.toml", CLUSTER);
+        error
+    }
+}
+
+#[test]
+fn a_plan_from_documents_is_the_same_twice_and_says_what_was_asked() {
+    let documents = Documents::new();
+    let first = documents.json(&["-o", "a.json"]);
+    let second = documents.json(&["-o", "b.json"]);
+    assert_eq!(fs::read(documents.path("a.json")).unwrap(), fs::read(documents.path("b.json")).unwrap());
+    assert_eq!(first["plan"], second["plan"]);
+    for key in ["iterations_per_second", "upper_bound", "gap", "search_seconds"] {
+        assert!(first[key].is_number(), "{key}: {}", first[key]);
+    }
+    assert!(first["upper_bound"].as_f64() >= first["iterations_per_second"].as_f64());
+    assert!(!first["limited_by"].as_str().unwrap().is_empty());
+    let interval: Vec<f64> = serde_json::from_value(first["interval_seconds"].clone()).unwrap();
+    let step = first["iteration_seconds"].as_f64().unwrap();
+    assert!(interval[0] < step && step < interval[1]);
+    let stages = first["stages"].as_array().unwrap();
+    for key in ["layers", "devices", "tensor_parallel", "micro_batch", "micro_batches", "memory_bytes"] {
+        assert!(stages.iter().all(|stage| !stage[key].is_null()), "{key}");
+    }
+    // Nothing was made beside what was asked for: no folder of runs.
+    let mut names: Vec<_> =
+        fs::read_dir(documents.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["a.json", "b.json", "cluster.toml", "config.json"]);
+}
+
+#[test]
+fn two_plans_are_compared() {
+    let documents = Documents::new();
+    documents.json(&["-o", "a.json"]);
+    documents.json(&["-o", "b.json", "--micro-batches", "1"]);
+    let compare = |files: [&str; 2]| {
+        let mut command = Command::new(BINARY);
+        command.current_dir(documents.folder.path()).args(["plan", "--compare"]).args(files).output().unwrap()
+    };
+    let output = compare(["a.json", "b.json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("iterations a second"), "{text}");
+    let output = compare(["a.json", "config.json"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("config.json is no plan of `hgct plan --model`"), "{error}");
+}
+
+#[test]
+fn a_lost_node_is_planned_around() {
+    let documents = Documents::new();
+    documents.json(&["-o", "a.json"]);
+    let lose = |node: &str| {
+        let mut command = Command::new(BINARY);
+        command
+            .current_dir(documents.folder.path())
+            .args(["plan", "--parent", "a.json", "--json", "-o", "b.json"]);
+        command.args(["--lose", node]).output().unwrap()
+    };
+    let output = lose("fast-1");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let child: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(child["plan"]["parent"].is_string());
+    assert!(!child["replanned"]["ways"].as_array().unwrap().is_empty());
+    let error = String::from_utf8(lose("fast-2").stderr).unwrap();
+    assert!(
+        error.contains("there is no node fast-2; there are fast-0 to fast-1, slow-0 to slow-1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_text_has_its_parts_and_reasons() {
+    let output = Documents::new().plan("64", &["--explain"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["Stages", "Devices", "Rejected", "What more would bring", "fast alone", "`hgct profile`"] {
+        assert!(text.contains(part), "{part} is missing:\n{text}");
+    }
+}
+
+#[test]
+fn mistakes_in_a_cluster_are_named_with_what_was_meant() {
+    let documents = Documents::new();
+    let unknown = documents.with("\"v100-32\"", "\"v100\"");
+    assert!(
+        unknown.contains("`group.kind of slow` is \"v100\"") && unknown.contains("v100-16, v100-32"),
+        "{unknown}"
+    );
+    let zero = documents.with("nodes = 2", "nodes = 0");
+    assert!(zero.contains("`group.nodes of fast` is 0, but must be at least 1"), "{zero}");
+    let missing = documents.with("[\"fast\", \"slow\"]", "[\"fast\", \"fast\"]");
+    assert!(missing.contains("missing between fast and slow"), "{missing}");
+    let faster = documents.with("bytes_per_s = 10e9", "bytes_per_s = 13e9");
+    assert!(faster.contains("what the nics of a node of slow carry"), "{faster}");
+    let mixed = documents.with("[[link]]", "[[node]]\nname = \"a\"\n[[link]]");
+    assert!(mixed.contains("both [[node]] and [[group]]"), "{mixed}");
+}
+
+#[test]
+fn batches_and_models_that_cannot_be_are_told_why() {
+    let documents = Documents::new();
+    let batch = documents.error("63", &["--micro-batches", "2,4"]);
+    assert!(batch.contains("nearest that work: 62, 64"), "{batch}");
+    assert!(documents.error("0", &[]).contains("--global-batch is 0"));
+    assert!(documents.error("64", &["--micro-batches", "3"]).contains("must be among [1, 2, 4, 8, 16]"));
+    assert!(documents.error("64", &["--seq-len", "0"]).contains("--seq-len is 0"));
+    assert!(documents.error("64", &["--time-limit", "0"]).contains("--time-limit is 0"));
+    let dtype = documents.error("64", &["--precision", "bf16"]);
+    assert!(dtype.contains("group slow: the catalogue knows no rate of v100-32 in bf16"), "{dtype}");
+    documents.put("config.json", &CONFIG.replace("22", "2000"));
+    let large = documents.error("64", &[]);
+    assert!(large.contains("the model fits nowhere") && large.contains("GiB are missing"), "{large}");
+    assert!(large.contains("more devices of fast"), "{large}");
+    documents.put("config.json", &CONFIG.replace("llama", "mamba"));
+    assert!(documents.error("64", &[]).contains("`model_type` is \"mamba\""));
+}
+
+#[test]
+fn an_accelerator_of_a_folder_is_planned_with() {
+    let documents = Documents::new();
+    let text = fs::read_to_string(root().join("accelerators/v100-32.toml")).unwrap();
+    fs::create_dir(documents.path("more")).unwrap();
+    let nova = text.replace("\"v100-32\"", "\"nova-9\"").replace("Tesla V100-SXM2-32GB", "Nova 9");
+    documents.put("more/nova-9.toml", &nova);
+    documents.put("cluster.toml", &CLUSTER.replace("v100-32", "nova-9"));
+    assert!(documents.error("64", &[]).contains("\"nova-9\""));
+    assert!(documents.json(&["--accelerators", "more"])["iterations_per_second"].is_number());
+}
+
+#[test]
+fn the_example_is_what_it_says() {
+    let read = |name: &str| fs::read_to_string(root().join("examples/planning").join(name)).unwrap();
+    let cluster = hgct_core::topology::Topology::from_toml("cluster.toml", &read("cluster.toml")).unwrap();
+    assert_eq!((cluster.num_devices(), cluster.groups.len()), (1024, 4));
+    let model = hgct_core::architecture::Architecture::from_config_json("config.json", &read("config.json"));
+    assert_eq!(model.unwrap().num_parameters() / 1_000_000_000, 100);
+}
