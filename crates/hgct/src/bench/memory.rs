@@ -19,7 +19,8 @@ use hgct_core::profile::Profile;
 use hgct_planner::cost::{DeviceCost, ModelShape, StageLoad};
 use serde::Serialize;
 
-use super::training::{self, alone_plans};
+use super::candidates::alone_plans;
+use super::training;
 use crate::job::{LoadedJob, PreparedData};
 use crate::plain_loops;
 use crate::session::Session;

@@ -1,5 +1,6 @@
 //! `hgct bench`: every figure that hgct claims, as a command.
 
+mod candidates;
 mod credit;
 mod figures;
 mod memory;

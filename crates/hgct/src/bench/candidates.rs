@@ -1,0 +1,168 @@
+//! What the training benchmark compares: four stacks under quotas, the plans over all of them, and
+//! each alone.
+
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow, bail};
+use hgct_core::cluster::{ClusterSpec, DeviceSpec, Grant};
+use hgct_core::ids::Rank;
+use hgct_core::job::PlanShape;
+use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
+use hgct_core::profile::Profile;
+use hgct_planner::{Budget, PlanInput, Planned};
+
+use crate::job::LoadedJob;
+use crate::session::with_grants;
+
+/// Engine, thousandths of a core, core: the slowest is about 12 % of the sum, the fastest three
+/// times as fast.
+const QUOTAS: [(&str, u32, u32); 4] =
+    [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
+
+/// Micro-batches a step at most.
+const MAX_MICRO_BATCHES: u32 = 64;
+/// Global batches to choose from: a step of these takes ten to twenty seconds.
+const BATCHES: std::ops::RangeInclusive<u32> = 128..=176;
+
+/// What is compared.
+pub(super) struct Candidate {
+    pub(super) name: String,
+    pub(super) plan: Arc<Plan>,
+    pub(super) planned: Planned,
+}
+
+/// The four stacks, each with its quota, core and one thread.
+pub(super) fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
+    let mut nodes = cluster.nodes;
+    for node in &mut nodes {
+        node.devices.retain(|device| {
+            device.host_resource == "cpu" && QUOTAS.iter().any(|(engine, ..)| *engine == device.engine)
+        });
+        node.devices.sort_by_key(|device| QUOTAS.iter().position(|(engine, ..)| *engine == device.engine));
+        node.devices.dedup_by_key(|device| device.engine.clone());
+    }
+    let mut cluster = with_grants(nodes)?;
+    for device in cluster.nodes.iter_mut().flat_map(|node| &mut node.devices) {
+        let quota = QUOTAS.iter().find(|(engine, ..)| *engine == device.engine);
+        let (_, cpu_millicores, core) = *quota.ok_or_else(|| anyhow!("{} has no quota", device.id))?;
+        let memory_bytes = device.grant.memory_bytes;
+        device.grant = Grant { cpu_millicores, cores: vec![core], threads: 1, memory_bytes };
+    }
+    cluster.validate("the benchmark's cluster")?;
+    match cluster.devices().count() {
+        4 => Ok(cluster),
+        n => bail!(
+            "the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"
+        ),
+    }
+}
+
+/// The global batch whose plan is nearest to what the devices could compute.
+pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> Result<u32> {
+    let mut best: Option<(f64, u32)> = None;
+    for global_batch in BATCHES.step_by(8) {
+        let mut job = loaded.job.clone();
+        job.recipe.global_batch = global_batch;
+        let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
+        let budget = Budget { nodes: 1_000_000, simulations: 100, stop: None };
+        let Ok(Planned { plan, explanation, .. }) = hgct_planner::plan(&input, &budget) else { continue };
+        let micro_batches: u32 = plan.pipelines.iter().map(|pipeline| pipeline.num_micro_batches).sum();
+        let reached = explanation.bound_ns as f64 / explanation.step_ns as f64;
+        if micro_batches <= MAX_MICRO_BATCHES && best.is_none_or(|(most, _)| reached > most) {
+            best = Some((reached, global_batch));
+        }
+    }
+    let (reached, global_batch) =
+        best.ok_or_else(|| anyhow!("no global batch has a plan of {MAX_MICRO_BATCHES} micro-batches"))?;
+    eprintln!("{global_batch} samples a step: its plan is at {:.1} % of its bound", 100.0 * reached);
+    Ok(global_batch)
+}
+
+/// The planner's choice, forced data-parallel, forced pipeline; equal ones are one.
+pub(super) fn candidates(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+    quick: bool,
+) -> Result<Vec<Candidate>> {
+    let shapes: &[(&str, PlanShape)] = if quick {
+        &[("planner", PlanShape::Any)]
+    } else {
+        &[
+            ("planner", PlanShape::Any),
+            ("data-parallel", PlanShape::DataParallel),
+            ("pipeline", PlanShape::Pipeline),
+        ]
+    };
+    let mut found: Vec<Candidate> = Vec::new();
+    for (name, shape) in shapes {
+        let mut job = loaded.job.clone();
+        job.policy.shape = *shape;
+        if *shape == PlanShape::Pipeline {
+            // At least 16 micro-batches, and each as large as that allows: a kind that has waited
+            // ends its work early in a period of its quota, which a long action feels less.
+            let batch = job.recipe.global_batch;
+            let fits = |size: &&u32| batch.is_multiple_of(**size) && batch / **size >= 16;
+            let largest = job.policy.micro_batches.iter().filter(fits).max().copied();
+            job.policy.micro_batches = largest.into_iter().collect();
+        }
+        let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
+        let planned = hgct_planner::plan(&input, &Budget::default())?;
+        eprintln!("{name}:\n{}", planned.explanation);
+        match found.iter_mut().find(|known| {
+            known.plan.pipelines == planned.plan.pipelines && known.plan.stages == planned.plan.stages
+        }) {
+            Some(known) => known.name = format!("{} = {name}", known.name),
+            None => {
+                found.push(Candidate { name: (*name).into(), plan: Arc::new(planned.plan.clone()), planned });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// For each device a plan of its own: its best micro-batch, and about its share of the global batch,
+/// so that the optimizer weighs as much as it does together.
+pub(super) fn alone_plans(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+) -> Result<Vec<(DeviceSpec, Plan)>> {
+    let mut speeds = Vec::new();
+    for (node, device) in cluster.devices() {
+        let row = profile.device(&device.id).ok_or_else(|| anyhow!("{} was not measured", device.id))?;
+        let seconds = |size: u32| -> Option<f64> {
+            let mut ns = 0;
+            for layer in 0..loaded.model.num_placeable_layers() {
+                let row = row.layer(loaded.model.layer_kind(layer), size)?;
+                ns += row.forward.median_ns + row.backward.median_ns;
+            }
+            Some((ns + 2 * row.action_overhead_ns) as f64 / 1e9)
+        };
+        let best = row
+            .micro_batches()
+            .into_iter()
+            .filter_map(|size| Some((size, f64::from(size) / seconds(size)?)))
+            .max_by(|a, b| a.1.total_cmp(&b.1))
+            .ok_or_else(|| anyhow!("{} has no complete micro-batch size", device.id))?;
+        speeds.push((node.name.clone(), device.clone(), best));
+    }
+    let total: f64 = speeds.iter().map(|(_, _, (_, speed))| speed).sum();
+    let plan = |(node, device, (size, speed)): (hgct_core::ids::NodeId, DeviceSpec, (u32, f64))| {
+        let share = f64::from(loaded.job.recipe.global_batch) * speed / total;
+        let number = ((share / f64::from(size)).round() as u32).max(1);
+        let layers = loaded.model.num_placeable_layers();
+        let rank = PlanRank {
+            device: device.id.clone(),
+            kind: device.kind.clone(),
+            node,
+            grant: device.grant.clone(),
+        };
+        let plan = PlanBuilder::new(loaded.model.clone(), loaded.job.recipe.seq_len, size * number)
+            .rank(rank)
+            .pipeline(size, number, &[(Rank(0), layers)])
+            .build()?;
+        Ok((device, plan))
+    };
+    speeds.into_iter().map(plan).collect()
+}
