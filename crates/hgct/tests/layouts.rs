@@ -106,6 +106,25 @@ fn validate_prints_predicted_beside_measured() {
 }
 
 #[test]
+fn a_plan_is_made_from_tables() {
+    let folder = tempfile::tempdir().unwrap();
+    tables(folder.path());
+    let plan = ["plan", "--tables", ".", "--model", "tiny", "--global-batch", "16", "--devices"];
+    let printed = printed(&hgct(folder.path(), &[plan.as_slice(), &["CARD=4", "--json"]].concat()));
+    assert!(printed["upper_bound"].as_f64() >= printed["iterations_per_second"].as_f64());
+    let rows = printed["rows"].as_array().unwrap();
+    assert!(!rows.is_empty() && rows.iter().all(|row| row["kind"] == "CARD"), "{rows:?}");
+    refused(&hgct(folder.path(), &[plan.as_slice(), &["CART=4"]].concat()), "CARD");
+    refused(
+        &hgct(
+            folder.path(),
+            &["plan", "--tables", ".", "--model", "large", "--global-batch", "16", "--devices", "CARD=4"],
+        ),
+        "tiny",
+    );
+}
+
+#[test]
 fn validate_names_file_and_key_of_what_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();

@@ -175,7 +175,7 @@ impl Told<'_> {
         for row in &self.why.rejected {
             let (rate, against) = match row.iterations_per_second {
                 Some(rate) => (format!("{rate:.5}"), format!("{:+.1} %", 100.0 * (rate / own - 1.0))),
-                None => ("does not fit".into(), String::new()),
+                None => ("no plan found".into(), String::new()),
             };
             rows.push(vec![row.name.clone(), String::new(), rate, against]);
         }

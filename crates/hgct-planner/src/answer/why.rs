@@ -83,8 +83,9 @@ fn one_kind(answer: &Answer, own: f64, why: &mut Why, alone: &[Option<f64>]) {
     for (pool, alone) in answer.instance.pools.iter().zip(alone) {
         why.rejected.push(Rejected { name: format!("{} alone", pool.kind), iterations_per_second: *alone });
     }
-    let sum: f64 = alone.iter().flatten().sum();
-    why.of_sum_of_kinds = (sum > 0.0).then(|| own / sum);
+    // A kind for which no plan was found says nothing of what it could do.
+    let sum: Option<f64> = alone.iter().copied().sum();
+    why.of_sum_of_kinds = sum.filter(|sum| *sum > 0.0).map(|sum| own / sum);
 }
 
 /// The cluster without each kind.
@@ -167,7 +168,7 @@ fn reasons(answer: &Answer, why: &Why) -> Vec<String> {
             Some(without) => {
                 reasons.push(format!("{kind} adds {} to what is possible without it", percent(own / without - 1.0)));
             }
-            None => reasons.push(format!("{kind} is needed: without it the model does not fit")),
+            None => reasons.push(format!("{kind} is needed: without it no plan was found")),
         }
     }
     if let Some(part) = why.of_sum_of_kinds {

@@ -2,6 +2,7 @@
 
 mod problem;
 mod search;
+mod tables;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use problem::Problem;
   hgct plan job.toml --output plan.json
   hgct plan --cluster cluster.toml --model config.json --global-batch 1024 --seq-len 4096
   hgct plan --cluster cluster.toml --model config.json --global-batch 1024 --seq-len 4096 --explain -o plan.json
+  hgct plan --tables DIR --devices A100-40=32,V100-16=96 --model OPT-350 --global-batch 1024
   hgct plan --compare first.json second.json
   hgct plan --parent plan.json --lose h800-7 -o next.json
 
@@ -68,9 +70,15 @@ pub(crate) struct Args {
 /// A problem from documents.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Large {
-    /// Plan this model (a Hugging Face config.json) on the groups of --cluster
-    #[arg(long, value_name = "FILE", conflicts_with = "job", requires_all = ["cluster", "global_batch"])]
+    /// Plan this model (a Hugging Face config.json) on the groups of --cluster, or one of --tables by name
+    #[arg(long, value_name = "MODEL", conflicts_with = "job", requires = "global_batch")]
     model: Option<PathBuf>,
+    /// Plan from tables of measured layers (profiles.json, network.json) in this folder
+    #[arg(long, value_name = "DIR", requires_all = ["model", "table_devices"], conflicts_with_all = ["cluster", "profile", "seq_len"])]
+    tables: Option<PathBuf>,
+    /// Devices of --tables, such as A100-40=32,V100-16=96
+    #[arg(long = "devices", value_name = "KIND=COUNT,…", requires = "tables")]
+    table_devices: Option<String>,
     /// Samples a step
     #[arg(long, value_name = "N", requires = "model")]
     global_batch: Option<u32>,
@@ -127,8 +135,11 @@ pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
 }
 
 fn from_documents(args: &Args, model: &Path) -> Result<u8> {
-    let Some(cluster) = &args.devices.cluster else { bail!("--model needs --cluster") };
-    let problem = Problem::read(&args.large, cluster, model, args.profile.as_deref())?;
+    let problem = match (&args.large.tables, &args.large.table_devices, &args.devices.cluster) {
+        (Some(dir), Some(devices), _) => Problem::from_tables(&args.large, dir, devices, model)?,
+        (_, _, Some(cluster)) => Problem::read(&args.large, cluster, model, args.profile.as_deref())?,
+        _ => bail!("--model needs --cluster, or --tables with --devices"),
+    };
     let started = Instant::now();
     let found = search::search(&problem.instance, args.large.time_limit)?;
     let search_seconds = started.elapsed().as_secs_f64();
@@ -286,7 +297,7 @@ fn document(answer: &Answer, why: &Why, search_seconds: f64) -> Value {
         "mfu": answer.mfu(),
         "basis": answer.basis,
         "measure_first": answer.basis == Basis::Estimate,
-        "stages": answer.rows(),
+        "rows": answer.rows(),
         "why": why,
         "plan": answer,
     })

@@ -69,7 +69,7 @@ impl Problem {
     }
 
     /// Leaves only micro-batches of these sizes.
-    fn keep_sizes(&mut self, sizes: &[u32]) -> Result<()> {
+    pub(super) fn keep_sizes(&mut self, sizes: &[u32]) -> Result<()> {
         if sizes.is_empty() {
             return Ok(());
         }

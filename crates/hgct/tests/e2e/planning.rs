@@ -103,7 +103,7 @@ fn a_plan_from_documents_is_the_same_twice_and_says_what_was_asked() {
     let interval: Vec<f64> = serde_json::from_value(first["interval_seconds"].clone()).unwrap();
     let step = first["iteration_seconds"].as_f64().unwrap();
     assert!(interval[0] < step && step < interval[1]);
-    let stages = first["stages"].as_array().unwrap();
+    let stages = first["rows"].as_array().unwrap();
     for key in ["layers", "devices", "tensor_parallel", "micro_batch", "micro_batches", "memory_bytes"] {
         assert!(stages.iter().all(|stage| !stage[key].is_null()), "{key}");
     }
