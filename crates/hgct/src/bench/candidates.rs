@@ -65,15 +65,24 @@ pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &
         job.recipe.global_batch = global_batch;
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
         let budget = Budget { nodes: 1_000_000, simulations: 100, stop: None };
-        let Ok(Planned { plan, explanation, .. }) = hgct_planner::plan(&input, &budget) else { continue };
+        let (plan, explanation) = match hgct_planner::plan(&input, &budget) {
+            Ok(Planned { plan, explanation, .. }) => (plan, explanation),
+            Err(error) => {
+                eprintln!("{global_batch} samples a step have no plan: {error}");
+                continue;
+            }
+        };
         let micro_batches: u32 = plan.pipelines.iter().map(|pipeline| pipeline.num_micro_batches).sum();
         let reached = explanation.bound_ns as f64 / explanation.step_ns as f64;
         if micro_batches <= MAX_MICRO_BATCHES && best.is_none_or(|(most, _)| reached > most) {
             best = Some((reached, global_batch));
         }
     }
-    let (reached, global_batch) =
-        best.ok_or_else(|| anyhow!("no global batch has a plan of {MAX_MICRO_BATCHES} micro-batches"))?;
+    let Some((reached, global_batch)) = best else {
+        let given = loaded.job.recipe.global_batch;
+        eprintln!("no larger batch has a plan of at most {MAX_MICRO_BATCHES} micro-batches: {given} samples");
+        return Ok(given);
+    };
     eprintln!("{global_batch} samples a step: its plan is at {:.1} % of its bound", 100.0 * reached);
     Ok(global_batch)
 }
