@@ -58,7 +58,7 @@ pub(super) fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
 }
 
 /// The global batch whose plan is nearest to what the devices could compute.
-pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> Result<u32> {
+pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> u32 {
     let mut best: Option<(f64, u32)> = None;
     for global_batch in BATCHES.step_by(8) {
         let mut job = loaded.job.clone();
@@ -81,10 +81,10 @@ pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &
     let Some((reached, global_batch)) = best else {
         let given = loaded.job.recipe.global_batch;
         eprintln!("no larger batch has a plan of at most {MAX_MICRO_BATCHES} micro-batches: {given} samples");
-        return Ok(given);
+        return given;
     };
     eprintln!("{global_batch} samples a step: its plan is at {:.1} % of its bound", 100.0 * reached);
-    Ok(global_batch)
+    global_batch
 }
 
 /// The planner's choice, forced data-parallel, forced pipeline; equal ones are one.

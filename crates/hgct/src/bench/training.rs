@@ -151,7 +151,7 @@ fn measure(
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let mut loaded = loaded.clone();
     if args.global_batch.is_none() {
-        loaded.job.recipe.global_batch = divided_best(&loaded, &fleet.cluster, &profile)?;
+        loaded.job.recipe.global_batch = divided_best(&loaded, &fleet.cluster, &profile);
     }
     let loaded = &loaded;
     let candidates = candidates(loaded, &fleet.cluster, &profile, args.quick)?;
