@@ -51,8 +51,8 @@ fn options(me: u32, listener: &Listener, address: SocketAddr) -> ConnectOptions<
     }
 }
 
-/// An authenticated connection in the hands of a peer that then does what it likes.
-fn rogue(address: SocketAddr) -> TcpStream {
+/// The handshake of rank 1 with rank 0.
+fn member() -> Handshake {
     let identity = Identity {
         me: Rank(1),
         members: vec![Rank(0), Rank(1)],
@@ -60,7 +60,12 @@ fn rogue(address: SocketAddr) -> TcpStream {
         run: run_digest(&run()),
         key: key(),
     };
-    let mut handshake = Handshake::dial(identity, Rank(0), [1; 32]);
+    Handshake::dial(identity, Rank(0), [1; 32])
+}
+
+/// An authenticated connection in the hands of a peer that then does what it likes.
+fn rogue(address: SocketAddr) -> TcpStream {
+    let mut handshake = member();
     let mut stream = TcpStream::connect(address).unwrap();
     loop {
         let output = std::mem::take(handshake.output());
@@ -250,14 +255,7 @@ fn whoever_knocks_while_nobody_is_expected_is_refused_and_told_of() {
     assert!(heard.recv_timeout(PATIENCE).unwrap().contains("does not have the key"));
 
     // A member comes again with the key, and is recorded; the recording then proves nothing.
-    let identity = Identity {
-        me: Rank(1),
-        members: vec![Rank(0), Rank(1)],
-        generation: GENERATION,
-        run: run_digest(&run()),
-        key: key(),
-    };
-    let mut handshake = Handshake::dial(identity, Rank(0), [1; 32]);
+    let mut handshake = member();
     let mut stream = TcpStream::connect(address).unwrap();
     let mut recording = std::mem::take(handshake.output());
     stream.write_all(&recording).unwrap();

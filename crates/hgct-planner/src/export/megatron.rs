@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use super::arguments::Arguments;
 use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
 use crate::Result;
 
@@ -19,30 +20,17 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
         "# Ranks are handed out tensor parallel group by group, then replica by replica, then stage by stage.\n",
     );
     text.push_str(&places(plan, "#"));
-    let mut argument = |name: &str, value: &str| {
-        let _ = writeln!(text, "--{name}{}{value}", if value.is_empty() { "" } else { " " });
-    };
-    argument("tensor-model-parallel-size", &degree.to_string());
-    argument("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
+    let mut arguments = Arguments::after(text);
+    arguments.add("tensor-model-parallel-size", &degree.to_string());
+    arguments.add("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
     if pipeline.stages.len() > 1 {
-        argument("pipeline-model-parallel-layout", &format!("\"{}\"", layout(plan, pipeline)?));
+        arguments.add("pipeline-model-parallel-layout", &format!("\"{}\"", layout(plan, pipeline)?));
     }
-    argument("num-layers", &plan.blocks.to_string());
-    argument("seq-length", &plan.seq_len.to_string());
-    argument("micro-batch-size", &share(TARGET, pipeline, replicas)?.to_string());
-    argument("global-batch-size", &plan.global_batch.to_string());
-    if plan.tied_embeddings == Some(false) {
-        argument("untie-embeddings-and-output-weights", "");
-    }
-    if plan.shard_optimizer {
-        argument("use-distributed-optimizer", "");
-    }
-    if recompute {
-        argument("recompute-granularity", "full");
-        argument("recompute-method", "uniform");
-        argument("recompute-num-layers", "1");
-    }
-    Ok(vec![File { name: "megatron.args", text }])
+    arguments.add("num-layers", &plan.blocks.to_string());
+    arguments.add("seq-length", &plan.seq_len.to_string());
+    arguments.add("micro-batch-size", &share(TARGET, pipeline, replicas)?.to_string());
+    arguments.add("global-batch-size", &plan.global_batch.to_string());
+    Ok(vec![File { name: "megatron.args", text: arguments.finish(plan, recompute) }])
 }
 
 fn layout(plan: &Exported, pipeline: &ExportedPipeline) -> Result<String> {

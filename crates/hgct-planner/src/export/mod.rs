@@ -17,6 +17,7 @@ use hgct_core::plan::{Plan, ScheduleKind};
 use crate::instance::{Instance, Layout, Schedule};
 use crate::{Error, Result};
 
+mod arguments;
 mod deepspeed;
 mod flagscale;
 mod megatron;

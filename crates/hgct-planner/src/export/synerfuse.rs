@@ -2,8 +2,7 @@
 //! stages and their layers, the same for all replicas; sizes and numbers of micro-batches are given
 //! for runs of replicas, `n₀ size₀ n₁ size₁ …`, and sum to the global batch.
 
-use std::fmt::Write as _;
-
+use super::arguments::Arguments;
 use super::{Exported, ExportedPipeline, File, Target, one, places, refuse, share};
 use crate::Result;
 use crate::instance::Schedule;
@@ -19,21 +18,18 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
     let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
     let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
-    let mut text = places(plan, "#");
-    let mut argument = |name: &str, value: &str| {
-        let _ = writeln!(text, "--{name}{}{value}", if value.is_empty() { "" } else { " " });
-    };
-    argument("tensor-model-parallel-size", &degree.to_string());
-    argument("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
-    argument("num-layers", &plan.blocks.to_string());
-    argument("seq-length", &plan.seq_len.to_string());
-    argument("global-batch-size", &plan.global_batch.to_string());
+    let mut arguments = Arguments::after(places(plan, "#"));
+    arguments.add("tensor-model-parallel-size", &degree.to_string());
+    arguments.add("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
+    arguments.add("num-layers", &plan.blocks.to_string());
+    arguments.add("seq-length", &plan.seq_len.to_string());
+    arguments.add("global-batch-size", &plan.global_batch.to_string());
     if pipeline.stages.len() > 1 {
-        argument("hetero-pipeline-stages", &stages(plan)?);
+        arguments.add("hetero-pipeline-stages", &stages(plan)?);
     }
     let same = |of: fn(&ExportedPipeline) -> u32| plan.pipelines.iter().all(|p| of(p) == of(pipeline));
     if same(|p| p.micro_batch) && same(|p| p.num_micro_batches) {
-        argument("micro-batch-size", &share(TARGET, pipeline, replicas)?.to_string());
+        arguments.add("micro-batch-size", &share(TARGET, pipeline, replicas)?.to_string());
     } else {
         let (mut sizes, mut numbers) = (Vec::new(), Vec::new());
         for pipeline in &plan.pipelines {
@@ -41,22 +37,11 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
             sizes.push(format!("{num} {}", share(TARGET, pipeline, replicas)?));
             numbers.push(format!("{num} {}", pipeline.num_micro_batches));
         }
-        argument("use-tp-pp-dp-mapping", "");
-        argument("micro-batch-size-per-dp", &sizes.join(" "));
-        argument("num-micro-batches-per-dp", &numbers.join(" "));
+        arguments.add("use-tp-pp-dp-mapping", "");
+        arguments.add("micro-batch-size-per-dp", &sizes.join(" "));
+        arguments.add("num-micro-batches-per-dp", &numbers.join(" "));
     }
-    if plan.tied_embeddings == Some(false) {
-        argument("untie-embeddings-and-output-weights", "");
-    }
-    if plan.shard_optimizer {
-        argument("use-distributed-optimizer", "");
-    }
-    if recompute {
-        argument("recompute-granularity", "full");
-        argument("recompute-method", "uniform");
-        argument("recompute-num-layers", "1");
-    }
-    Ok(vec![File { name: "synerfuse.args", text }])
+    Ok(vec![File { name: "synerfuse.args", text: arguments.finish(plan, recompute) }])
 }
 
 /// `n₀ layers … n₁ layers …`: a group ends where any pipeline's kind changes.

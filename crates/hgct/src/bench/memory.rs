@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
-use hgct_core::canonical;
 use hgct_core::cluster::DeviceSpec;
 use hgct_core::ids::{DeviceId, Kind, RunId};
 use hgct_core::plan::Plan;
@@ -26,7 +25,7 @@ use crate::plain_loops;
 use crate::session::Session;
 use crate::stages::{Choices, Fleet};
 use crate::train::{AgentArgs, make_plan, session_options};
-use crate::workspace::{Workspace, write_atomically};
+use crate::workspace::Workspace;
 
 /// `hgct bench memory`
 #[derive(Debug, Args)]
@@ -99,16 +98,8 @@ pub(crate) fn run(workspace: &Workspace, args: &MemoryArgs) -> Result<u8> {
     let bench = result?;
     closed?;
     std::fs::remove_dir_all(&folder)?;
-    if let Some(folder) = &args.output {
-        let name = format!("memory-{}-{}", loaded.job.name, &bench.measured_at[..10]);
-        write_atomically(&folder.join(format!("{name}.json")), canonical::encode(&bench).as_bytes(), 0o644)?;
-        write_atomically(&folder.join(format!("{name}.txt")), format!("{bench}\n").as_bytes(), 0o644)?;
-    }
-    if args.json {
-        print!("{}", canonical::encode(&bench));
-    } else {
-        println!("{bench}");
-    }
+    let name = format!("memory-{}-{}", loaded.job.name, &bench.measured_at[..10]);
+    super::deliver(&bench, &name, args.output.as_deref(), args.json)?;
     Ok(u8::from(!bench.holds))
 }
 

@@ -6,10 +6,15 @@ mod figures;
 mod memory;
 mod training;
 
+use std::fmt::Display;
+use std::path::Path;
+
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use hgct_core::canonical;
+use serde::Serialize;
 
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, write_atomically};
 
 /// `hgct bench`
 #[derive(Debug, Args)]
@@ -35,4 +40,15 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<u8> {
         BenchCommand::Memory(args) => memory::run(workspace, args),
         BenchCommand::Spend(args) => credit::spend(args),
     }
+}
+
+/// Keeps a result as `NAME.json` and `NAME.txt` in a folder, if one is given, and prints it.
+fn deliver<B: Serialize + Display>(bench: &B, name: &str, folder: Option<&Path>, json: bool) -> Result<()> {
+    let (object, text) = (canonical::encode(bench), format!("{bench}\n"));
+    if let Some(folder) = folder {
+        write_atomically(&folder.join(format!("{name}.json")), object.as_bytes(), 0o644)?;
+        write_atomically(&folder.join(format!("{name}.txt")), text.as_bytes(), 0o644)?;
+    }
+    print!("{}", if json { object } else { text });
+    Ok(())
 }

@@ -16,7 +16,6 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use hgct_control::coordinator::{Command, LoadSpec, Update};
 use hgct_control::message::{FromWorker, StepReport, ToWorker, WorkerOptions};
-use hgct_core::canonical;
 use hgct_core::cluster::{ClusterSpec, DeviceSpec, Isolation};
 use hgct_core::ids::{DeviceId, RunId};
 use hgct_core::plan::Plan;
@@ -82,16 +81,8 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainingArgs) -> Result<u8> {
     let closed = session.close();
     let bench = result?;
     closed?;
-    if let Some(folder) = &args.output {
-        let name = format!("training-{}", &bench.measured_at[..10]);
-        write_atomically(&folder.join(format!("{name}.json")), canonical::encode(&bench).as_bytes(), 0o644)?;
-        write_atomically(&folder.join(format!("{name}.txt")), format!("{bench}\n").as_bytes(), 0o644)?;
-    }
-    if args.json {
-        print!("{}", canonical::encode(&bench));
-    } else {
-        println!("{bench}");
-    }
+    let name = format!("training-{}", &bench.measured_at[..10]);
+    super::deliver(&bench, &name, args.output.as_deref(), args.json)?;
     Ok(0)
 }
 
