@@ -267,7 +267,7 @@ fn compute_order(
 ) -> Result<Vec<(Operation, u32)>> {
     let kind = pipeline.schedule;
     let warm_up = match kind {
-        ScheduleKind::OneForwardOneBackward => pipeline.warm_up(position).min(ids.len()),
+        ScheduleKind::OneForwardOneBackward => pipeline.warm_up(position),
         ScheduleKind::GPipe => ids.len(),
         ScheduleKind::Interleaved | ScheduleKind::ZeroBubble => {
             return Err(Error::NotYet {
@@ -277,15 +277,24 @@ fn compute_order(
             });
         }
     };
-    let mut order = Vec::with_capacity(2 * ids.len());
-    let (mut forwards, mut backwards) = (ids.clone(), ids);
+    Ok(one_forward_one_backward(ids, warm_up))
+}
+
+/// Forwards and backwards of one stage: `warm_up` forwards at most, one forward and one backward in
+/// turn, and the backwards that are left. All forwards first is a warm-up of all micro-batches.
+pub fn one_forward_one_backward(
+    micro_batches: std::ops::Range<u32>,
+    warm_up: usize,
+) -> Vec<(Operation, u32)> {
+    let (mut forwards, mut backwards) = (micro_batches.clone(), micro_batches);
+    let mut order = Vec::with_capacity(2 * forwards.len());
     order.extend(forwards.by_ref().take(warm_up).map(|id| (Operation::Forward, id)));
     for id in forwards {
         order.push((Operation::Forward, id));
         order.extend(backwards.next().map(|id| (Operation::Backward, id)));
     }
     order.extend(backwards.map(|id| (Operation::Backward, id)));
-    Ok(order)
+    order
 }
 
 fn push_with_transfers(

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 mod assign;
 mod check;
 mod curve;
+mod names;
 mod price;
 mod schedule;
 #[cfg(test)]
@@ -27,6 +28,8 @@ mod tests;
 pub use assign::{Group, assign};
 pub use check::{Fault, check, check_instance};
 pub use curve::{Curve, Link, LinkRow};
+pub(crate) use names::bad;
+pub use names::{Named, lost_nodes};
 pub(crate) use price::exchange_groups;
 pub use price::{Priced, PricedStage, PricedTemplate, price};
 pub(crate) use schedule::Work;

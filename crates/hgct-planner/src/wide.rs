@@ -124,7 +124,7 @@ impl Finder<'_, '_> {
     fn everything(&mut self, alternatives: &mut Vec<Alternative>, proven: &mut bool) -> Option<()> {
         let all: Vec<usize> = (0..self.instance.pools.len()).collect();
         if all.len() > 1 {
-            for pool in &all {
+            for pool in all.iter().filter(|pool| self.instance.pools[**pool].nodes > 0) {
                 let (found, done) = self.run(&[*pool], false);
                 self.offer(found.as_ref());
                 done?;
@@ -182,7 +182,8 @@ impl Finder<'_, '_> {
             shards = rest;
             let mut table = Table::new(instance, |pool, degree| {
                 // A degree that does not divide a node wastes devices of it.
-                pools.contains(&pool) && instance.pools[pool].devices_per_node.is_multiple_of(degree)
+                let of = &instance.pools[pool];
+                pools.contains(&pool) && of.nodes > 0 && of.devices_per_node.is_multiple_of(degree)
             });
             table.shards = *now;
             let known = best.as_ref().map(Settled::seconds);

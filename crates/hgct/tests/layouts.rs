@@ -163,11 +163,16 @@ fn simulate_prints_limits_pictures_and_what_ifs() {
         (Some("predicted"), 4)
     );
 
-    let slow = printed(&hgct(folder.path(), &["simulate", "plan.json", "--json", "--slow", "CARD-0/1=1.5"]));
+    let slow = printed(&hgct(folder.path(), &["simulate", "plan.json", "--json", "--slow", "CARD-1/1=1.5"]));
     assert!(of(&slow, "step_s") > 1.3 * of(&slow, "unchanged_step_s"));
-    let lost = printed(&hgct(folder.path(), &["simulate", "plan.json", "--json", "--lose", "CARD-1"]));
+    // Replicas of a stage stand beside each other, so both pipelines have a part in each node of two.
+    let lose = ["simulate", "plan.json", "--json", "--lose", "CARD-1"];
+    refused(&hgct(folder.path(), &lose), "has to be made anew");
+    let small = read("plan.json").replace("\"devices_per_node\":2,", "\"devices_per_node\":1,");
+    std::fs::write(folder.path().join("plan.json"), small.replace("\"nodes\":2,", "\"nodes\":4,")).unwrap();
+    let lost = printed(&hgct(folder.path(), &lose));
     assert_eq!((lost["pipelines"].as_u64(), lost["samples"].as_u64()), (Some(1), Some(16)));
-    refused(&hgct(folder.path(), &["simulate", "plan.json", "--lose", "CARD-7"]), "CARD-0 to CARD-1");
+    refused(&hgct(folder.path(), &["simulate", "plan.json", "--lose", "CARD-7"]), "CARD-0 to CARD-3");
     refused(&hgct(folder.path(), &["simulate", "plan.json", "--slow", "CARD=-1"]), "DEVICE=FACTOR");
     std::fs::write(folder.path().join("plan.json"), "{}").unwrap();
     refused(&hgct(folder.path(), &["simulate", "plan.json"]), "plan.json");

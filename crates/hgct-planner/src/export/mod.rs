@@ -95,6 +95,8 @@ pub struct ExportedPipeline {
     pub num_micro_batches: u32,
     /// Their order.
     pub schedule: Schedule,
+    /// [`hgct_core::plan::Pipeline::run_ahead`].
+    pub run_ahead: u32,
     /// Stages.
     pub stages: Vec<ExportedStage>,
 }
@@ -116,9 +118,18 @@ pub struct ExportedStage {
 
 /// The plan's files for a target.
 pub fn export(plan: &Exported, target: Target) -> Result<Vec<File>> {
-    let shape = |reason: &str| Error::Export { target: target.name(), reason: reason.into() };
     if plan.pipelines.is_empty() || plan.pipelines.iter().any(|pipeline| pipeline.stages.is_empty()) {
-        return Err(shape("the plan has no pipeline, or one without stages"));
+        return Err(refuse(target, "the plan has no pipeline, or one without stages".into()));
+    }
+    // Only a list of every computation can say it.
+    let ahead = plan.pipelines.iter().map(|pipeline| pipeline.run_ahead).max().unwrap_or(0);
+    if ahead > 0 && target != Target::Torchtitan {
+        return Err(refuse(
+            target,
+            format!(
+                "its 1F1B has one forward ahead for each later stage, and the plan's stages run {ahead} further ahead"
+            ),
+        ));
     }
     match target {
         Target::Megatron => megatron::export(plan),
@@ -137,6 +148,7 @@ impl Exported {
             micro_batch: template.micro_batch,
             num_micro_batches: template.num_micro_batches,
             schedule: template.schedule,
+            run_ahead: 0,
             stages: template
                 .stages
                 .iter()
@@ -189,6 +201,7 @@ impl Exported {
                 micro_batch: pipeline.micro_batch,
                 num_micro_batches: pipeline.num_micro_batches,
                 schedule,
+                run_ahead: pipeline.run_ahead,
                 stages: stages.collect(),
             });
         }
@@ -218,7 +231,7 @@ impl Exported {
                     ),
                 ));
             }
-            if other.schedule != first.schedule {
+            if (other.schedule, other.run_ahead) != (first.schedule, first.run_ahead) {
                 return Err(refuse(target, "it has one schedule for all pipelines".into()));
             }
         }

@@ -23,6 +23,7 @@ fn pipeline(
         micro_batch,
         num_micro_batches,
         schedule: Schedule::OneForwardOneBackward,
+        run_ahead: 0,
         stages: stages.iter().map(stage).collect(),
     }
 }
@@ -245,8 +246,13 @@ fn torchtitan_gets_module_names_and_a_schedule_that_runs() {
         assert!(toml.contains(line), "{line}");
     }
 
+    all_is_computed(&files[1].text);
+}
+
+/// Runs a schedule of three stages and two times 16 computations.
+fn all_is_computed(csv: &str) -> Vec<Vec<(u32, char, u32)>> {
     let ranks: Vec<Vec<(u32, char, u32)>> =
-        files[1].text.lines().map(|line| line.split(',').map(action).collect()).collect();
+        csv.lines().map(|line| line.split(',').map(action).collect()).collect();
     assert_eq!(ranks.len(), 3);
     // Every micro-batch once each way; a forward waits for the stage before, a backward for the next.
     let (mut next, mut done) = ([0; 3], std::collections::BTreeSet::new());
@@ -274,6 +280,25 @@ fn torchtitan_gets_module_names_and_a_schedule_that_runs() {
         }
     }
     assert_eq!(done.len(), 3 * 2 * 16);
+    ranks
+}
+
+#[test]
+fn stages_that_run_ahead_are_said_by_a_schedule_or_refused() {
+    let mut plan = uneven();
+    plan.pipelines[0].run_ahead = 2;
+    let files = export(&plan, Target::Torchtitan).unwrap();
+    let ranks = all_is_computed(&files[1].text);
+    let warm_up = ranks.iter().map(|of| of.iter().take_while(|(_, kind, _)| *kind == 'F').count());
+    // Three forwards a later stage, and the one in turn.
+    assert_eq!(warm_up.collect::<Vec<_>>(), [7, 4, 1]);
+    for (_, target) in Target::ALL.into_iter().filter(|(_, target)| *target != Target::Torchtitan) {
+        assert!(refusal(&plan, target).contains("run 2 further ahead"), "{target:?}");
+    }
+    let mut unlike = plan.pipelines[0].clone();
+    unlike.run_ahead = 0;
+    plan.pipelines.push(unlike);
+    assert!(refusal(&plan, Target::Torchtitan).contains("one schedule for all pipelines"));
 }
 
 #[test]

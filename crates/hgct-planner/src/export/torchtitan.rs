@@ -4,6 +4,8 @@
 
 use std::fmt::Write as _;
 
+use hgct_core::schedule::{Operation, one_forward_one_backward};
+
 use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
 use crate::Result;
 use crate::instance::Schedule;
@@ -71,18 +73,15 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
 
 /// 1F1B, a line a rank.
 fn schedule(pipeline: &ExportedPipeline) -> String {
-    let (depth, num) = (pipeline.stages.len() as u32, pipeline.num_micro_batches);
     let mut text = String::new();
-    for stage in 0..depth {
-        let warm_up = (depth - 1 - stage).min(num);
-        let mut actions: Vec<String> = (0..warm_up).map(|at| format!("{stage}F{at}")).collect();
-        for at in 0..num {
-            if warm_up + at < num {
-                actions.push(format!("{stage}F{}", warm_up + at));
-            }
-            actions.push(format!("{stage}B{at}"));
-        }
-        text.push_str(&actions.join(","));
+    for (stage, later) in (0..pipeline.stages.len()).rev().enumerate() {
+        let warm_up = later * (pipeline.run_ahead as usize + 1);
+        let actions = one_forward_one_backward(0..pipeline.num_micro_batches, warm_up);
+        let actions = actions.into_iter().map(|(operation, micro_batch)| {
+            let letter = if operation == Operation::Forward { 'F' } else { 'B' };
+            format!("{stage}{letter}{micro_batch}")
+        });
+        text.push_str(&actions.collect::<Vec<_>>().join(","));
         text.push('\n');
     }
     text

@@ -9,15 +9,15 @@ use super::{Instance, Layout};
 #[serde(deny_unknown_fields)]
 pub struct Group {
     /// Index into [`Layout::templates`].
-    pub template: u32,
+    pub template: usize,
     /// Which of the template's pipelines.
     pub pipeline: u32,
     /// Stage of the template.
-    pub stage: u32,
+    pub stage: usize,
     /// Replica of the stage inside of the pipeline.
     pub replica: u32,
     /// Index into [`Instance::pools`].
-    pub pool: u32,
+    pub pool: usize,
     /// Node of the pool.
     pub node: u32,
     /// First device of the node; the others follow.
@@ -37,11 +37,11 @@ pub fn assign(instance: &Instance, layout: &Layout) -> Option<Vec<Group>> {
             for (s, stage) in template.stages.iter().enumerate().filter(|(_, s)| s.pool == pool) {
                 for pipeline in 0..template.count {
                     groups.extend((0..stage.replicas).map(|replica| Group {
-                        template: t as u32,
+                        template: t,
                         pipeline,
-                        stage: s as u32,
+                        stage: s,
                         replica,
-                        pool: pool as u32,
+                        pool,
                         node: 0,
                         first_device: 0,
                         devices: stage.tensor_parallel,

@@ -32,8 +32,9 @@ pub fn check_instance(instance: &Instance) -> Vec<Fault> {
     if instance.global_batch == 0 {
         say("global_batch", "0 samples a step".into());
     }
-    if instance.runs.is_empty() || instance.pools.is_empty() {
-        say("instance", "needs at least one layer and one pool".into());
+    // A pool that has lost all its nodes may stay: its index means the same before and after.
+    if instance.runs.is_empty() || instance.num_devices() == 0 {
+        say("instance", "needs at least one layer and one device".into());
     }
     for (at, run) in instance.runs.iter().enumerate() {
         if run.class >= instance.classes.len() || run.count == 0 {
@@ -57,8 +58,8 @@ pub fn check_instance(instance: &Instance) -> Vec<Fault> {
     }
     for pool in &instance.pools {
         let place = format!("pool {}", pool.kind);
-        if pool.nodes == 0 || pool.devices_per_node == 0 {
-            say(&place, format!("{} nodes of {} devices", pool.nodes, pool.devices_per_node));
+        if pool.devices_per_node == 0 {
+            say(&place, format!("{} nodes of 0 devices", pool.nodes));
         }
         if pool.overhead_bytes.len() != instance.degrees.len() {
             say(&place, format!("{} overheads", pool.overhead_bytes.len()));

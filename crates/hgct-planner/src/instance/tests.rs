@@ -183,7 +183,32 @@ fn an_instance_with_holes_is_refused() {
     assert_eq!(check_instance(&small()), vec![]);
     let mut bad = small();
     bad.inter[1].pop();
-    bad.pools[0].nodes = 0;
+    bad.pools[0].devices_per_node = 1;
     bad.runs[0].class = 7;
-    assert_eq!(check_instance(&bad).len(), 3);
+    assert_eq!(check_instance(&bad).len(), 1 + 2 + 1);
+    let mut gone = small();
+    gone.pools[0].nodes = 0;
+    assert_eq!(check_instance(&gone), vec![]);
+    gone.pools[1].nodes = 0;
+    assert!(check_instance(&gone)[0].message.contains("one device"));
+}
+
+#[test]
+fn names_mean_kinds_nodes_and_devices() {
+    let mut instance = small();
+    // A kind whose name ends like a node of another.
+    instance.pools[1].kind = "fast-1".into();
+    let read = |name: &str| Named::read(&instance, "--slow", name).map_err(|error| error.to_string());
+    let named = |pool, node, device| Ok(Named { pool, node, device });
+    assert_eq!(read("fast"), named(0, None, None));
+    assert_eq!(read("fast-0/1"), named(0, Some(0), Some(1)));
+    assert_eq!(read("fast-1"), named(1, None, None));
+    assert_eq!(read("fast-1-1"), named(1, Some(1), None));
+    for name in ["fast-2", "fast-0/2", "fast-", "slow", "fast-0/", ""] {
+        let error = read(name).unwrap_err();
+        assert!(error.contains("fast-0 to fast-1, fast-1-0 to fast-1-1"), "{name}: {error}");
+    }
+    let lost = |name: &str| lost_nodes(&instance, &[name.to_owned()]);
+    assert_eq!(lost("fast-0").unwrap(), [(0, 0)].into());
+    assert!(lost("fast-0/1").unwrap_err().to_string().contains("fast-0 to fast-1"));
 }

@@ -6,10 +6,10 @@ use hgct_core::schedule::{Action, Operation};
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
 
 use super::order::OpKind;
-use super::place::{Group, Places};
+use super::place::Places;
 use super::run::{Computed, Machine};
 use super::{Simulated, ns};
-use crate::instance::{Instance, Layout, Schedule, exchange_groups};
+use crate::instance::{Group, Instance, Layout, Schedule, exchange_groups};
 
 /// What a unit does after its last backward.
 #[derive(Debug, Clone, Default)]
@@ -181,7 +181,7 @@ fn device(instance: &Instance, group: Group) -> DeviceId {
         .take(64)
         .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
         .collect();
-    let name = format!("{}-{}/{}", clean.trim_start_matches('.'), group.node, group.device);
+    let name = format!("{}-{}/{}", clean.trim_start_matches('.'), group.node, group.first_device);
     // The name above is made of allowed characters only.
     DeviceId::new(name).unwrap_or_else(|_| unreachable!("a device's name is made of allowed characters"))
 }

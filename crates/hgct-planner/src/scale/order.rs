@@ -1,5 +1,7 @@
 //! What a unit computes next.
 
+use hgct_core::schedule::{Operation, one_forward_one_backward};
+
 use crate::instance::Schedule;
 
 /// A computation of a unit: of a virtual stage and a micro-batch of its pipeline.
@@ -153,16 +155,11 @@ impl Greedy {
 }
 
 fn one_f_one_b(depth: u32, stage: u32, num: u32) -> Vec<Op> {
-    let warm_up = (depth - 1 - stage).min(num);
-    let op = |kind, micro_batch| Op { kind, chunk: 0, micro_batch };
-    let mut ops: Vec<Op> = (0..warm_up).map(|at| op(OpKind::Forward, at)).collect();
-    for at in 0..num {
-        if warm_up + at < num {
-            ops.push(op(OpKind::Forward, warm_up + at));
-        }
-        ops.push(op(OpKind::Backward, at));
-    }
-    ops
+    let op = |(operation, micro_batch)| {
+        let kind = if operation == Operation::Forward { OpKind::Forward } else { OpKind::Backward };
+        Op { kind, chunk: 0, micro_batch }
+    };
+    one_forward_one_backward(0..num, (depth - 1 - stage) as usize).into_iter().map(op).collect()
 }
 
 fn interleaved(depth: u32, chunks: u32, num: u32) -> Vec<Op> {

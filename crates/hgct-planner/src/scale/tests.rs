@@ -7,6 +7,7 @@ use super::*;
 use crate::instance::{Exchange, Rules, Schedule, Stage, Template, Transfer, Update, price};
 use crate::tables::parse_device_counts;
 use crate::tables::tests::tables;
+use crate::wide::{Effort, replan};
 
 fn instance(rules: Rules, global_batch: u32) -> Instance {
     let devices = parse_device_counts("FAST=8,SLOW=8").unwrap();
@@ -149,9 +150,9 @@ fn a_slow_device_slows_only_who_waits_for_it() {
     assert_eq!(step(&[("FAST", 2.0)]).unwrap().pipeline_ns, 2 * usual.pipeline_ns);
     for (name, factor, says) in [
         ("FAST-9", 1.3, "FAST-0 to FAST-3"),
-        ("FASTER", 1.3, "nodes"),
+        ("FASTER", 1.3, "nodes that there are"),
         ("FAST", 0.0, "above 0"),
-        ("FAST-1/2", 2.0, "nodes"),
+        ("FAST-1/2", 2.0, "nodes that there are"),
     ] {
         let error = step(&[(name, factor)]).unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
@@ -173,6 +174,29 @@ fn who_is_left_takes_what_a_lost_node_leaves() {
     assert_eq!(lose(&["SLOW-0"]).unwrap(), usual);
     assert!(lose(&["FAST-0", "FAST-1", "FAST-2"]).unwrap_err().to_string().contains("--lose"));
     assert!(lose(&["SLOW"]).unwrap_err().to_string().contains("SLOW-0 to SLOW-3"));
+}
+
+#[test]
+fn a_lost_node_stops_the_same_pipelines_here_and_in_a_new_plan() {
+    // Larger groups get their devices first, whatever the order of templates.
+    let instance = instance(rules(Transfer::Overlapped, 0.0), 48);
+    let small = Template {
+        stages: vec![Stage { tensor_parallel: 1, ..template(1, 1, ONE, &[(0, 4, 0)]).stages[0].clone() }],
+        ..template(4, 8, ONE, &[(0, 4, 0)])
+    };
+    let layout = layout(vec![small, template(2, 8, ONE, &[(0, 2, 0), (2, 4, 1)])]);
+    let mut left = Vec::new();
+    for (pool, node) in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)] {
+        let name = format!("{}-{node}", instance.pools[pool].kind);
+        let what_if = WhatIf { slow: vec![], lose: vec![name] };
+        let simulated = simulate_layout(&instance, &layout, &what_if).unwrap();
+        let effort = Effort { nodes: 1_000_000, stop: None };
+        let replanned = replan(&instance, &layout, &[(pool, node)], 1, &effort).unwrap();
+        let keep = replanned.ways.iter().find(|way| way.name == "keep").unwrap();
+        assert_eq!(simulated.num_pipelines as u64, keep.kept_pipelines, "{pool} {node}");
+        left.push(keep.kept_pipelines);
+    }
+    assert_eq!(left, [5, 5, 4, 4, 5, 5, 6]);
 }
 
 #[test]

@@ -6,6 +6,8 @@
 //! in the same order, one after the other over the same link. Large messages are a meeting: they move
 //! when both are there, and both wait. Small ones leave without the receiver.
 
+use hgct_core::schedule::{Operation, one_forward_one_backward};
+
 /// One pipeline.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Chain {
@@ -116,9 +118,8 @@ impl Chain {
     }
 
     fn ops(&self, stage: usize) -> Vec<Op> {
-        let (last, num) = (self.forward_s.len() - 1, self.num_micro_batches as usize);
-        let warm_up = (last - stage).min(num);
-        let mut ops = Vec::with_capacity(6 * num);
+        let last = self.forward_s.len() - 1;
+        let mut ops = Vec::with_capacity(6 * self.num_micro_batches as usize);
         let mut owed: Option<Op> = None;
         let forward = |ops: &mut Vec<Op>, owed: &mut Option<Op>, micro_batch: usize| {
             ops.extend(owed.take());
@@ -141,14 +142,11 @@ impl Chain {
             ops.push(Op::Compute(self.backward_s[stage]));
             *owed = (stage > 0).then(|| Op::Send { hop: stage - 1, micro_batch, forward: false });
         };
-        for micro_batch in 0..warm_up {
-            forward(&mut ops, &mut owed, micro_batch);
-        }
-        for micro_batch in 0..num {
-            if warm_up + micro_batch < num {
-                forward(&mut ops, &mut owed, warm_up + micro_batch);
+        for (operation, micro_batch) in one_forward_one_backward(0..self.num_micro_batches, last - stage) {
+            match operation {
+                Operation::Forward => forward(&mut ops, &mut owed, micro_batch as usize),
+                _ => backward(&mut ops, &mut owed, micro_batch as usize),
             }
-            backward(&mut ops, &mut owed, micro_batch);
         }
         ops.extend(owed);
         ops

@@ -57,7 +57,7 @@ impl Costs {
             .iter()
             .map(|pool| {
                 let mut least = vec![f64::INFINITY; num];
-                for row in &pool.costs {
+                for row in pool.costs.iter().filter(|_| pool.nodes > 0) {
                     let Some(degree) = instance.degree_index(row.tensor_parallel) else { continue };
                     if row.micro_batch > instance.global_batch {
                         continue;
@@ -149,7 +149,8 @@ fn prices(instance: &Instance, costs: &Costs) -> Vec<f64> {
     let whole = |of: Vec<f64>| -> Option<Vec<f64>> {
         let of: Vec<f64> = of.iter().map(|x| x.max(0.0)).collect();
         let sum: f64 = of.iter().sum();
-        (sum > 0.0 && sum.is_finite()).then(|| of.iter().zip(&devices).map(|(x, n)| x / sum / n).collect())
+        let each = |(x, n): (&f64, &f64)| if *n > 0.0 { x / sum / n } else { 0.0 };
+        (sum > 0.0 && sum.is_finite()).then(|| of.iter().zip(&devices).map(each).collect())
     };
     // Should the solver fail, prices by speed are valid too, only less sharp.
     let plain = costs.least.iter().zip(&devices).map(|(c, n)| {

@@ -66,22 +66,16 @@ pub fn replan(
         pool.nodes -= 1;
     }
     // Pipelines of each template that lost a device.
-    let hit: BTreeSet<(u32, u32)> = groups
+    let hit: BTreeSet<(usize, u32)> = groups
         .iter()
-        .filter(|g| lost.contains(&(g.pool as usize, g.node)))
+        .filter(|g| lost.contains(&(g.pool, g.node)))
         .map(|g| (g.template, g.pipeline))
         .collect();
     let mut kept = parent.clone();
     for (at, template) in kept.templates.iter_mut().enumerate() {
-        template.count -= hit.iter().filter(|(t, _)| *t as usize == at).count() as u32;
+        template.count -= hit.iter().filter(|(t, _)| *t == at).count() as u32;
     }
     kept.templates.retain(|t| t.count > 0);
-    // A pool may be gone altogether; the instance keeps it with one node that nothing may use.
-    let gone: Vec<usize> = (0..left.pools.len()).filter(|p| left.pools[*p].nodes == 0).collect();
-    for pool in &gone {
-        left.pools[*pool].nodes = 1;
-        left.pools[*pool].costs.clear();
-    }
     let mut ways = Vec::new();
     let mut offer = |name: &str, layout: Layout| {
         if !check(&left, &layout).is_empty() {
@@ -115,18 +109,12 @@ pub fn replan(
 fn fill_in(left: &Instance, kept: &Layout, effort: &Effort<'_>) -> Option<Layout> {
     let used = kept.devices_used(left.pools.len());
     let mut free = left.clone();
-    let mut any = false;
     for (pool, used) in free.pools.iter_mut().zip(used) {
         // Whole nodes only: part of one may not be contiguous.
         let taken = used.div_ceil(u64::from(pool.devices_per_node)) as u32;
-        let nodes = pool.nodes.saturating_sub(taken);
-        any |= nodes > 0 && !pool.costs.is_empty();
-        if nodes == 0 {
-            pool.costs.clear();
-        }
-        pool.nodes = nodes.max(1);
+        pool.nodes = pool.nodes.saturating_sub(taken);
     }
-    if !any {
+    if free.num_devices() == 0 {
         return None;
     }
     // Their part of the batch: by devices, in whole micro-batches of the parent's.

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
 use hgct_planner::answer::{Answer, Basis, Expected, Why, compare, limited_by, shortage, why};
-use hgct_planner::instance::{Instance, Pool, price};
+use hgct_planner::instance::{Instance, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
 use serde_json::{Value, json};
 
@@ -186,7 +186,7 @@ fn alone(instance: &Instance, found: &Found) -> Vec<Option<f64>> {
 /// Plans on without some nodes.
 fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
     let parent = read_answer(parent)?;
-    let lost = args.lose.iter().map(|name| node(&parent.instance, name)).collect::<Result<Vec<_>>>()?;
+    let lost: Vec<_> = lost_nodes(&parent.instance, &args.lose)?.into_iter().collect();
     let started = Instant::now();
     let found = replan(&parent.instance, &parent.layout, &lost, args.steps, &Effort::default());
     let found = found.map_err(|faults| search::unsound(&faults))?;
@@ -238,20 +238,6 @@ fn told(way: &Way, text: &mut String) -> Value {
         "moved_bytes": way.moved_bytes,
         "moving_seconds": way.moved_s,
         "total_seconds": way.total_s,
-    })
-}
-
-/// The pool and index of a node by its name, `GROUP-INDEX`.
-fn node(instance: &Instance, name: &str) -> Result<(usize, u32)> {
-    let found = name.rsplit_once('-').and_then(|(group, index)| {
-        let pool = instance.pools.iter().position(|pool| pool.kind == group)?;
-        let index: u32 = index.parse().ok()?;
-        (index < instance.pools[pool].nodes).then_some((pool, index))
-    });
-    found.with_context(|| {
-        let range = |pool: &Pool| format!("{}-0 to {}-{}", pool.kind, pool.kind, pool.nodes - 1);
-        let known: Vec<String> = instance.pools.iter().map(range).collect();
-        format!("--lose: there is no node {name}; there are {}", known.join(", "))
     })
 }
 

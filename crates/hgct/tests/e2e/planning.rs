@@ -150,7 +150,7 @@ fn a_lost_node_is_planned_around() {
     assert!(!child["replanned"]["ways"].as_array().unwrap().is_empty());
     let error = String::from_utf8(lose("fast-2").stderr).unwrap();
     assert!(
-        error.contains("there is no node fast-2; there are fast-0 to fast-1, slow-0 to slow-1"),
+        error.contains("`--lose` is fast-2") && error.contains("fast-0 to fast-1, slow-0 to slow-1"),
         "{error}"
     );
 }
