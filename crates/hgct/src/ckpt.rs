@@ -14,6 +14,9 @@ use crate::workspace::Workspace;
 
 /// `hgct ckpt`
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  hgct ckpt inspect latest\n  hgct ckpt export latest --to hf --output model"
+)]
 pub(crate) struct CkptArgs {
     #[command(subcommand)]
     command: CkptCommand,

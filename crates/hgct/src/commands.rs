@@ -7,14 +7,14 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use hgct_core::canonical;
 use hgct_core::check::{CheckReport, Verdict};
-use hgct_core::cluster::ClusterSpec;
+use hgct_core::cluster::{ClusterSpec, Isolation};
 use hgct_core::ids::{DeviceId, Kind, RunId};
 use hgct_core::profile::{DeviceProfile, LinkProfile, Profile};
 use serde::Serialize;
 
 use crate::job::LoadedJob;
 use crate::session::Session;
-use crate::stages::{Choices, Fleet};
+use crate::stages::{Choices, Fleet, parse_cluster};
 use crate::train::{AgentArgs, DeviceArgs, make_plan, session_options};
 use crate::workspace::Workspace;
 
@@ -24,7 +24,7 @@ use crate::workspace::Workspace;
   hgct check
   hgct check local/torch:0 --json
 
-Exit codes: 0 every device passed; 1 a device failed, or an environment does not work; 2 bad input.")]
+Exit codes: 0 every device passed; 1 a device failed, there is none, or an environment does not work; 2 bad input.")]
 pub(crate) struct CheckArgs {
     /// Devices to check; none: all
     #[arg(value_name = "DEVICE")]
@@ -90,6 +90,10 @@ pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
         for (device, _, reason) in &lost {
             writeln!(out, "{device}: FAIL: {reason}")?;
         }
+    }
+    if reports.is_empty() && lost.is_empty() {
+        eprintln!("hgct: no device was checked: see the reasons above");
+        return Ok(1);
     }
     let failed = |report: &CheckReport| report.verdict == Verdict::Fail;
     Ok(u8::from(!lost.is_empty() || reports.iter().any(failed)))
@@ -190,11 +194,9 @@ pub(crate) fn plan(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
 /// The cluster and its profile: from files, or from the devices.
 fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Result<(ClusterSpec, Profile)> {
     if let (Some(profile), Some(cluster)) = (&args.profile, &args.devices.cluster) {
-        let read = |path: &PathBuf| {
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-        };
-        let cluster = ClusterSpec::from_toml(&cluster.to_string_lossy(), &read(cluster)?)?;
-        return Ok((cluster, canonical::decode(&profile.to_string_lossy(), &read(profile)?)?));
+        let text =
+            std::fs::read_to_string(profile).with_context(|| format!("cannot read {}", profile.display()))?;
+        return Ok((parse_cluster(cluster)?, canonical::decode(&profile.to_string_lossy(), &text)?));
     }
     let choices = Choices {
         cluster: args.devices.cluster.clone(),
@@ -240,8 +242,14 @@ fn keep<T: Serialize>(output: Option<&PathBuf>, document: &T) -> Result<()> {
 fn table(profile: &Profile) -> String {
     use std::fmt::Write as _;
     let mut text = format!(
-        "measured {} at sequence length {}, {:?}\n",
-        profile.measured_at, profile.seq_len, profile.isolation
+        "measured {} at sequence length {}, {}\n",
+        profile.measured_at,
+        profile.seq_len,
+        match profile.isolation {
+            Isolation::Cgroup => "grants held by control groups",
+            Isolation::Affinity => "grants held by affinity alone",
+            Isolation::Unisolated => "unisolated",
+        }
     );
     let ms = |ns: u64| ns as f64 / 1e6;
     for row in &profile.devices {
@@ -270,10 +278,13 @@ fn table(profile: &Profile) -> String {
             );
         }
     }
+    if !profile.links.is_empty() {
+        text.push_str("\nlinks\n");
+    }
     for link in &profile.links {
         let _ = writeln!(
             text,
-            "{} → {}: {}, {:.0} µs, {:.2} GB/s",
+            "  {} → {}: {}, {:.0} µs, {:.2} GB/s",
             link.from,
             link.to,
             link.transport,

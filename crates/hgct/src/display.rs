@@ -220,6 +220,8 @@ pub(crate) struct Display {
     out: Box<dyn Write + Send>,
     mode: Mode,
     last: Option<Instant>,
+    /// Whether what is known has been shown.
+    is_shown: bool,
 }
 
 enum Mode {
@@ -238,18 +240,20 @@ impl Display {
         } else {
             Mode::Plain
         };
-        Self { progress, out: Box::new(std::io::stderr()), mode, last: None }
+        Self { progress, out: Box::new(std::io::stderr()), mode, last: None, is_shown: false }
     }
 
     /// Takes up a step and shows it when it is time.
     pub(crate) fn step(&mut self, row: &StepRow) {
         self.progress.step(row);
+        self.is_shown = false;
         self.tick();
     }
 
     /// Takes up a held-out loss.
     pub(crate) fn evaluated(&mut self, loss: f64) {
         self.progress.held_out = Some(loss);
+        self.is_shown = false;
         self.tick();
     }
 
@@ -271,13 +275,16 @@ impl Display {
         }
     }
 
-    /// Shows the last state once more.
+    /// Shows the last state, where a plain line has not done so already.
     pub(crate) fn finish(mut self) {
-        self.show();
+        if !self.is_shown || matches!(self.mode, Mode::Live { .. }) {
+            self.show();
+        }
     }
 
     fn show(&mut self) {
         self.last = Some(Instant::now());
+        self.is_shown = true;
         let mut text = self.clear();
         match &mut self.mode {
             Mode::Plain => text = plain(&self.progress) + "\n",
@@ -418,7 +425,8 @@ loss 3.4568  held-out 3.5000  8192 tokens/s
     fn a_message_stays_above_the_frame_and_the_frame_is_taken_away_whole() {
         let sink = Sink::default();
         let mode = Mode::Live { style: Box::new(|| STYLE), drawn: Vec::new() };
-        let mut display = Display { progress: progress(), out: Box::new(sink.clone()), mode, last: None };
+        let mut display =
+            Display { progress: progress(), out: Box::new(sink.clone()), mode, last: None, is_shown: false };
         display.tick();
         display.message("checkpoint of step 100");
         display.finish();
@@ -431,8 +439,13 @@ loss 3.4568  held-out 3.5000  8192 tokens/s
     #[test]
     fn plain_lines_come_at_most_every_few_seconds_and_messages_at_once() {
         let sink = Sink::default();
-        let mut display =
-            Display { progress: progress(), out: Box::new(sink.clone()), mode: Mode::Plain, last: None };
+        let mut display = Display {
+            progress: progress(),
+            out: Box::new(sink.clone()),
+            mode: Mode::Plain,
+            last: None,
+            is_shown: false,
+        };
         (100..200).for_each(|step| display.step(&row(step)));
         display.message("hello");
         let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();

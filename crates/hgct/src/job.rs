@@ -8,9 +8,11 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
+use hgct_core::canonical;
 use hgct_core::job::JobSpec;
 use hgct_core::model::ModelSpec;
 use hgct_data::ngram::{self, Baselines};
+use hgct_data::prepare::Phase;
 use hgct_data::{Options, Prepared, Sources, TokenFile, TokenizerChoice, registry};
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +46,11 @@ pub(crate) struct PreparedData {
 impl LoadedJob {
     /// Reads `job.toml` and its `config.json`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let job = JobSpec::from_toml(&path.to_string_lossy(), &read(path)?)?;
+        let job = JobSpec::from_toml(&path.to_string_lossy(), &read(path)?).map_err(|error| match error {
+            // The only one that does not name its file.
+            hgct_core::Error::NotYet { .. } => anyhow!(error).context(path.display().to_string()),
+            error => error.into(),
+        })?;
         let config = folder(path).join(&job.model.config);
         let model = ModelSpec::from_config_json(&config.to_string_lossy(), &read(&config)?)?;
         if job.recipe.seq_len > model.max_position {
@@ -104,7 +110,8 @@ impl LoadedJob {
         serde_json::from_slice(&output.stdout).context("the process that prepares data answered badly")
     }
 
-    fn sources(&self) -> Result<Sources> {
+    /// The files of the job's text; an error where a path leads to none.
+    pub(crate) fn sources(&self) -> Result<Sources> {
         let base = folder(&self.path);
         let mut files = Vec::new();
         let mut patterns = Vec::new();
@@ -177,7 +184,14 @@ pub(crate) fn prepare_data(workspace: &Workspace, args: &DataArgs) -> Result<u8>
     let mut phase = None;
     let prepared = hgct_data::prepare(&options, &mut |progress| {
         if phase.replace(progress.phase) != Some(progress.phase) {
-            eprintln!("data: {:?}, {:.1} MB", progress.phase, progress.total as f64 / 1e6);
+            let doing = match progress.phase {
+                Phase::Scan => "reading the text".into(),
+                Phase::TrainTokenizer => {
+                    format!("training a tokenizer on {:.1} MB", progress.total as f64 / 1e6)
+                }
+                Phase::Encode => format!("tokenizing {:.1} MB", progress.total as f64 / 1e6),
+            };
+            eprintln!("data: {doing}");
         }
     })?;
     if prepared.meta.vocab_size > loaded.model.vocab_size {
@@ -201,7 +215,7 @@ pub(crate) fn prepare_data(workspace: &Workspace, args: &DataArgs) -> Result<u8>
     let answer = PreparedData { prepared, baselines };
     let mut out = std::io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&answer)?)?;
+        write!(out, "{}", canonical::encode(&answer))?;
     } else {
         let meta = &answer.prepared.meta;
         writeln!(

@@ -1,5 +1,6 @@
 //! What can be done with a plan that is there: `hgct simulate`, `hgct export`.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ use crate::workspace::write_atomically;
 
 Exit codes: 0 the step is simulated; 2 bad input.")]
 pub(crate) struct SimulateArgs {
-    /// A plan: one with its problem (`instance` and `layout`), or of `hgct plan job.toml` (with --profile)
+    /// A plan that `hgct plan --output` wrote; that of a job needs --profile
     plan: PathBuf,
     /// What the devices of a job's plan were measured at
     #[arg(long, value_name = "FILE")]
@@ -35,8 +36,8 @@ pub(crate) struct SimulateArgs {
     /// What if a kind, a node (KIND-3) or a device (KIND-3/0) took a factor longer
     #[arg(long, value_name = "DEVICE=FACTOR", value_parser = slow)]
     slow: Vec<(String, f64)>,
-    /// What if a node were gone
-    #[arg(long, value_name = "NODE")]
+    /// What if nodes were gone
+    #[arg(long, value_name = "NODE,…", value_delimiter = ',')]
     lose: Vec<String>,
     /// Write the timeline to this file
     #[arg(long, value_name = "FILE")]
@@ -62,7 +63,7 @@ Without --output the files are printed. What a program cannot express is refused
 
 Exit codes: 0 exported; 2 bad input, or the program cannot express the plan.")]
 pub(crate) struct ExportArgs {
-    /// A plan
+    /// A plan that `hgct plan --output` wrote
     plan: PathBuf,
     /// Who shall execute it
     #[arg(long, value_name = "PROGRAM", value_parser = PossibleValuesParser::new(Target::ALL.map(|(name, _)| name)))]
@@ -70,6 +71,9 @@ pub(crate) struct ExportArgs {
     /// Write the files into this folder
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Print one JSON object, a row a file
+    #[arg(long)]
+    json: bool,
 }
 
 /// A plan of either form.
@@ -112,6 +116,12 @@ struct Outcome {
 }
 
 fn of_layout(args: &SimulateArgs, instance: &Instance, layout: &Layout) -> Result<Outcome> {
+    if args.profile.is_some() {
+        bail!(
+            "{} has its own figures: leave --profile out, it is for the plan of a job",
+            args.plan.display()
+        );
+    }
     let what_if = WhatIf { slow: args.slow.clone(), lose: args.lose.clone() };
     let changed = what_if != WhatIf::default();
     let simulated = simulate_layout(instance, layout, &what_if)?;
@@ -134,16 +144,17 @@ fn of_layout(args: &SimulateArgs, instance: &Instance, layout: &Layout) -> Resul
         "samples": simulated.num_samples,
     });
     let mut text = format!(
-        "step {:.4} s: {:.4} s to the last backward, the rest exchange and update\n\
-         priced {priced_s:.4} s; busiest devices {:.4} s, everything in series {:.4} s\n\
-         {} pipelines, {} samples; transfers waited {:.4} s for ports that others used\n",
-        s(simulated.step_ns),
-        s(simulated.pipeline_ns),
-        s(simulated.roofline_ns),
-        s(simulated.serial_ns),
+        "step {}: {} to the last backward, the rest exchange and update\n\
+         priced {}; busiest devices {}, everything in series {}\n\
+         {} pipelines, {} samples; transfers waited {} for ports that others used\n",
+        told(simulated.step_ns),
+        told(simulated.pipeline_ns),
+        seconds(priced_s),
+        told(simulated.roofline_ns),
+        told(simulated.serial_ns),
         simulated.num_pipelines,
         simulated.num_samples,
-        s(simulated.contention_ns),
+        told(simulated.contention_ns),
     );
     if changed {
         text.push_str(&what_changed(plain, simulated.step_ns));
@@ -173,7 +184,9 @@ fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
             row.device.as_str() == name || row.kind.as_str() == name
         };
         if !slowed.devices.iter().any(hit) {
-            let known: Vec<&str> = slowed.devices.iter().map(|row| row.device.as_str()).collect();
+            let known = slowed.devices.iter().flat_map(|row| [row.device.as_str(), row.kind.as_str()]);
+            let known: BTreeSet<&str> = known.collect();
+            let known: Vec<&str> = known.into_iter().collect();
             bail!("--slow {name}: there is no such kind or device (there are: {})", known.join(", "));
         }
         for row in slowed.devices.iter_mut().filter(|row| hit(row)) {
@@ -203,10 +216,10 @@ fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
         "samples": plan.global_batch,
     });
     let mut text = format!(
-        "step {:.4} s; busiest device {:.4} s, everything in series {:.4} s\n",
-        s(simulated.step_ns),
-        s(simulated.roofline_ns),
-        s(simulated.serial_ns)
+        "step {}; busiest device {}, everything in series {}\n",
+        told(simulated.step_ns),
+        told(simulated.roofline_ns),
+        told(simulated.serial_ns)
     );
     if !args.slow.is_empty() {
         text.push_str(&what_changed(plain.step_ns, simulated.step_ns));
@@ -217,10 +230,27 @@ fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
 
 fn what_changed(plain_ns: u64, step_ns: u64) -> String {
     format!(
-        "without the what-if {:.4} s: {:+.1} %\n",
-        plain_ns as f64 / 1e9,
+        "without the what-if {}: {:+.1} %\n",
+        told(plain_ns),
         100.0 * (step_ns as f64 / plain_ns.max(1) as f64 - 1.0)
     )
+}
+
+/// A time for people.
+fn told(ns: u64) -> String {
+    seconds(ns as f64 / 1e9)
+}
+
+/// Four digits of a time, in the unit that it is long in.
+fn seconds(s: f64) -> String {
+    let (value, unit) = match s {
+        0.0 => return "0 s".into(),
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "µs"),
+    };
+    let digits = 3_usize.saturating_sub(value.max(1.0).log10() as usize);
+    format!("{value:.digits$} {unit}")
 }
 
 /// Writes a plan in another program's words.
@@ -234,13 +264,22 @@ pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
     };
     let files = export(&exported, target)?;
     if let Some(folder) = &args.output {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         for file in &files {
-            write_atomically(&folder.join(file.name), file.text.as_bytes(), 0o644)?;
+            let path = folder.join(file.name);
+            write_atomically(&path, file.text.as_bytes(), 0o644)?;
+            eprintln!("wrote {}", path.display());
         }
-        return Ok(0);
     }
     let mut out = std::io::stdout().lock();
+    if args.json {
+        let rows: Vec<Value> =
+            files.iter().map(|file| json!({ "file": file.name, "text": file.text })).collect();
+        write!(out, "{}", canonical::encode(&json!({ "program": args.to, "rows": rows })))?;
+        return Ok(0);
+    }
+    if args.output.is_some() {
+        return Ok(0);
+    }
     for file in &files {
         if files.len() > 1 {
             writeln!(out, "==> {} <==", file.name)?;
@@ -256,7 +295,10 @@ fn read(path: &Path) -> Result<Document> {
     let text = text_of(path)?;
     let value: Value = canonical::decode(&file, &text)?;
     let (Some(instance), Some(layout)) = (value.get("instance"), value.get("layout")) else {
-        return Ok(Document::Plan(Box::new(Plan::from_json(&file, &text)?)));
+        let plan = Plan::from_json(&file, &text);
+        return Ok(Document::Plan(Box::new(
+            plan.with_context(|| format!("{file} is no plan of `hgct plan`"))?,
+        )));
     };
     let instance: Instance = canonical::decode(&format!("{file}: instance"), &instance.to_string())?;
     let layout: Layout = canonical::decode(&format!("{file}: layout"), &layout.to_string())?;

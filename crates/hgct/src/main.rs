@@ -1,5 +1,16 @@
 //! The hgct command.
 
+/// A line on standard error, in place of the standard macro of this name, which panics where nobody
+/// reads any more: a message that is lost is no reason to end a run.
+macro_rules! eprintln {
+    ($($text:tt)*) => {
+        drop(std::io::Write::write_fmt(
+            &mut std::io::stderr().lock(),
+            format_args!("{}\n", format_args!($($text)*)),
+        ))
+    };
+}
+
 mod agent;
 mod bench;
 mod catalogue;
@@ -96,11 +107,19 @@ fn main() -> ExitCode {
     let done = blocked.and_then(|()| run(&cli));
     match done {
         Ok(code) => ExitCode::from(code),
+        // As with `hgct report latest | head`: who reads has enough.
+        Err(error) if !serves && is_unread(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hgct: {error:#}");
             ExitCode::from(code_of(&error))
         }
     }
+}
+
+/// Whether standard output was closed by who reads it.
+fn is_unread(error: &anyhow::Error) -> bool {
+    let is_broken = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(is_broken)
 }
 
 /// A run that began and failed is no bad input.

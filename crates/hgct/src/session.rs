@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use hgct_control::auth::Token;
 use hgct_control::coordinator::{Command, Config, Outcome, Update};
+use hgct_control::detector::Verdict;
 use hgct_control::message::{FromWorker, MAX_CHUNK, ToWorker, UnusableDevice, WorkerStart};
 use hgct_core::canonical::Hash;
 use hgct_core::check::CheckReport;
@@ -341,7 +342,7 @@ impl Session {
                 self.ready.retain(|device| device != worker);
                 self.log(worker, &format!("hgct: {failure}\n"));
             }
-            Update::Suspect { verdict } => eprintln!("hgct: {verdict:?}"),
+            Update::Suspect { verdict } => suspect(verdict),
             _ => {}
         }
     }
@@ -436,6 +437,17 @@ fn start_agent(workspace: &Workspace, session: &Session, token_file: &Path) -> R
         .process_group(0)
         .spawn()
         .context("cannot start the agent of this host")
+}
+
+/// Says who is late, before anybody is given up.
+fn suspect(verdict: &Verdict) {
+    let (who, silent_ns) = match verdict {
+        Verdict::AgentSuspect { node, silent_ns } => (format!("the agent of {node}"), silent_ns),
+        Verdict::WorkerSuspect { worker, silent_ns } => (format!("the worker of {worker}"), silent_ns),
+        // Those are given up, and told as the cause of the run's end.
+        _ => return,
+    };
+    eprintln!("hgct: {who} has said nothing for {:.1} s", *silent_ns as f64 / 1e9);
 }
 
 fn wait_for_exit(child: &mut Child, within: Duration) {

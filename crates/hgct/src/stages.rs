@@ -169,7 +169,7 @@ impl Fleet {
             let started = Instant::now();
             let (fresh, failed) = session.check(&unknown, CHECK_BUDGET, &mut |report| {
                 eprintln!(
-                    "check: {} {:?} after {:.0} s",
+                    "check: {}: {} after {:.0} s",
                     report.device,
                     report.verdict,
                     started.elapsed().as_secs_f64()
@@ -299,7 +299,8 @@ impl Fleet {
         set_aside.map(|(_, reason)| reason.as_str()).or_else(|| why_unusable(&self.unusable, device))
     }
 
-    fn require_one(&self) -> Result<()> {
+    /// An error where no device is left.
+    pub(crate) fn require_one(&self) -> Result<()> {
         if self.cluster.devices().next().is_some() {
             return Ok(());
         }
@@ -355,9 +356,21 @@ fn names(cluster: &ClusterSpec) -> String {
     names.join(", ")
 }
 
-fn read_cluster(path: &Path, inventory: &Inventory) -> Result<ClusterSpec> {
+/// Reads a cluster document of single devices.
+pub(crate) fn parse_cluster(path: &Path) -> Result<ClusterSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let cluster = ClusterSpec::from_toml(&path.to_string_lossy(), &text)?;
+    let cluster = ClusterSpec::from_toml(&path.to_string_lossy(), &text);
+    match cluster {
+        Err(hgct_core::Error::UnknownKey { file, key, .. }) if key == "group" => bail!(
+            "{file} lists groups of nodes, which are planned for by hgct plan --model; a job needs the devices of \
+             `hgct devices`: leave --cluster out, or give the cluster.toml of a run"
+        ),
+        cluster => Ok(cluster?),
+    }
+}
+
+fn read_cluster(path: &Path, inventory: &Inventory) -> Result<ClusterSpec> {
+    let cluster = parse_cluster(path)?;
     for (node, device) in cluster.devices() {
         let here =
             inventory.nodes.iter().filter(|known| known.name == node.name).flat_map(|node| &node.devices);

@@ -172,10 +172,38 @@ fn simulate_prints_limits_pictures_and_what_ifs() {
     std::fs::write(folder.path().join("plan.json"), small.replace("\"nodes\":2,", "\"nodes\":4,")).unwrap();
     let lost = printed(&hgct(folder.path(), &lose));
     assert_eq!((lost["pipelines"].as_u64(), lost["samples"].as_u64()), (Some(1), Some(16)));
-    refused(&hgct(folder.path(), &["simulate", "plan.json", "--lose", "CARD-7"]), "CARD-0 to CARD-3");
+    refused(&hgct(folder.path(), &["simulate", "plan.json", "--lose", "CARD-0,CARD-7"]), "CARD-0 to CARD-3");
+    refused(
+        &hgct(folder.path(), &["simulate", "plan.json", "--profile", "plan.json"]),
+        "leave --profile out",
+    );
+    let text = hgct(folder.path(), &["simulate", "plan.json"]).stdout;
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("step ") && text.contains("s to the last backward"), "{text}");
     refused(&hgct(folder.path(), &["simulate", "plan.json", "--slow", "CARD=-1"]), "DEVICE=FACTOR");
     std::fs::write(folder.path().join("plan.json"), "{}").unwrap();
     refused(&hgct(folder.path(), &["simulate", "plan.json"]), "plan.json");
+}
+
+#[test]
+fn nobody_has_to_read_what_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    plan(folder.path());
+    let unread = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        writer
+    };
+    let command = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hgct"));
+        command.args(args).current_dir(folder.path());
+        command
+    };
+    let output = command(&["export", "plan.json", "--to", "megatron"]).stdout(unread()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let status = command(&["simulate", "none.json"]).stderr(unread()).status().unwrap();
+    assert_eq!(status.code(), Some(2));
 }
 
 #[test]
@@ -193,6 +221,10 @@ fn export_writes_files_or_says_why_not() {
     assert!(
         folder.path().join("out/schedule.csv").exists() && folder.path().join("out/torchtitan.toml").exists()
     );
+    let rows = printed(&hgct(folder.path(), &["export", "plan.json", "--to", "torchtitan", "--json"]));
+    let rows = rows["rows"].as_array().unwrap();
+    let written = std::fs::read_to_string(folder.path().join("out/schedule.csv")).unwrap();
+    assert!(rows.iter().any(|row| row["file"] == "schedule.csv" && row["text"] == written.as_str()));
     let uneven = std::fs::read_to_string(folder.path().join("plan.json"))
         .unwrap()
         .replace("\"count\":2", "\"count\":1");

@@ -46,7 +46,7 @@ pub(crate) enum TokenError {
         owner: u32,
     },
     /// It holds no token.
-    #[error("{path}: {source}")]
+    #[error("{path} holds no token")]
     Content {
         /// Which.
         path: PathBuf,

@@ -38,7 +38,7 @@ pub(crate) struct MemoryArgs {
     /// The job whose model and plan are looked at; none: that of `hgct bench training`
     job: Option<PathBuf>,
     /// Steps of each plan
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// Print one JSON object
     #[arg(long)]

@@ -7,9 +7,10 @@ mod memory;
 mod training;
 
 use std::fmt::Display;
+use std::io::Write as _;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use hgct_core::canonical;
 use serde::Serialize;
@@ -18,6 +19,7 @@ use crate::workspace::{Workspace, write_atomically};
 
 /// `hgct bench`
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  hgct bench training --rounds 5\n  hgct bench memory job.toml")]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     command: BenchCommand,
@@ -49,6 +51,6 @@ fn deliver<B: Serialize + Display>(bench: &B, name: &str, folder: Option<&Path>,
         write_atomically(&folder.join(format!("{name}.json")), object.as_bytes(), 0o644)?;
         write_atomically(&folder.join(format!("{name}.txt")), text.as_bytes(), 0o644)?;
     }
-    print!("{}", if json { object } else { text });
-    Ok(())
+    let printed = if json { object } else { text };
+    std::io::stdout().lock().write_all(printed.as_bytes()).context("cannot print the result")
 }

@@ -44,16 +44,18 @@ const SHARE_TOLERANCE: f64 = 0.02;
 #[command(after_help = "Example:
   hgct bench training --rounds 5 --json
 
-Needs root: quotas are held by control groups.")]
+Needs root: quotas are held by control groups.
+
+Exit codes: 0 it was measured; 1 a worker or an agent was lost; 2 bad input, or it cannot be measured here.")]
 pub(crate) struct TrainingArgs {
     /// Rounds that count
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     rounds: usize,
     /// Steps a plan and round, after one that does not count
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
     /// Samples of 256 tokens a step; without it the number that micro-batches divide best
-    #[arg(long)]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     global_batch: Option<u32>,
     /// Only the planner's choice, and no plain loop
     #[arg(long)]
@@ -102,6 +104,10 @@ pub(super) fn job(workspace: &Workspace, data: &str, global_batch: Option<u32>) 
     LoadedJob::read(&folder.join("job.toml"))
 }
 
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|rounds| *rounds > 0).ok_or_else(|| "must be a whole number, at least 1".into())
+}
+
 fn absolute(path: &str) -> Result<String> {
     let path = std::fs::canonicalize(path)
         .with_context(|| format!("cannot find {path}: name a text with --data"))?;
@@ -132,6 +138,7 @@ fn measure(
     fleet.cluster = quotas(fleet.cluster)?;
     let devices = fleet.devices();
     fleet.start(session, &devices)?;
+    fleet.require_one()?;
     fleet.hold(session)?;
     if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);

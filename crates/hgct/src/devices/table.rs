@@ -1,26 +1,31 @@
 //! `hgct devices`: the answer for people and for programs.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use hgct_core::cluster::ClusterSpec;
 use hgct_core::ids::NodeId;
 use serde::Serialize;
 
 use super::{Discovery, Options, discover};
+use crate::workspace::write_atomically;
 use crate::{grants, vendors};
 
 /// Options of `hgct devices`.
 #[derive(Debug, Clone, clap::Args)]
-#[command(
-    after_help = "Example: hgct devices --json | python3 -m json.tool\n\nExit code: 0 when there is a \
-    device, 1 when there is none, 2 for a bad call, vendor file or table of environments."
-)]
+#[command(after_help = "Examples:\n  hgct devices\n  hgct devices --json | python3 -m json.tool\n  \
+    hgct devices --output cluster.toml\n\nExit codes: 0 when there is a \
+    device, 1 when there is none, 2 for a bad call, vendor file or table of environments.")]
 pub(crate) struct Args {
     /// Print one JSON object: `devices` and `unusable`
     #[arg(long)]
     json: bool,
+    /// Write a cluster document of these devices and their grants, for --cluster, to this file too
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
     /// A folder of vendor files over the built-in ones
     #[arg(long, value_name = "DIR")]
     vendors: Option<PathBuf>,
@@ -31,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long)]
     fresh: bool,
     /// Seconds that one framework may take to answer
-    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     deadline: u64,
 }
 
@@ -39,7 +44,7 @@ pub(crate) struct Args {
 pub(crate) fn run(folder: &Path, args: &Args) -> anyhow::Result<u8> {
     let mut options = Options::new(args.name.clone(), folder);
     options.vendors.clone_from(&args.vendors);
-    options.deadline = Duration::from_secs(args.deadline.max(1));
+    options.deadline = Duration::from_secs(args.deadline);
     if args.fresh
         && let Some(cache) = &options.cache
     {
@@ -54,7 +59,13 @@ pub(crate) fn run(folder: &Path, args: &Args) -> anyhow::Result<u8> {
     let policy = grants::Policy::new(&vendors::load(args.vendors.as_deref())?);
     grants::assign(&mut discovery.node, &policy);
     let text = if args.json { json(&discovery) } else { text(&discovery) };
-    print!("{text}");
+    if let Some(path) = &args.output {
+        let nodes = vec![discovery.node.clone()];
+        let cluster = ClusterSpec { format: ClusterSpec::FORMAT, nodes };
+        cluster.validate("the discovered cluster")?;
+        write_atomically(path, cluster.to_toml().as_bytes(), 0o644)?;
+    }
+    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the devices")?;
     Ok(u8::from(discovery.node.devices.is_empty()))
 }
 

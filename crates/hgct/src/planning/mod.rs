@@ -21,6 +21,24 @@ use crate::train::{AgentArgs, DeviceArgs};
 use crate::workspace::{Workspace, write_atomically};
 use problem::Problem;
 
+/// Arguments that only `--model` takes account of. What a call would pass over in silence is refused.
+const OF_DOCUMENTS: [&str; 10] = [
+    "model",
+    "tables",
+    "table_devices",
+    "global_batch",
+    "seq_len",
+    "precision",
+    "micro_batches",
+    "time_limit",
+    "explain",
+    "accelerators",
+];
+
+/// Arguments of a call that measures devices.
+const OF_DEVICES: [&str; 7] =
+    ["force", "fresh", "agents", "no_local_agent", "listen", "token_file", "gather"];
+
 /// `hgct plan`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -36,7 +54,7 @@ With --model no device is needed: see docs/planning.md.
 Exit codes: 0 there is a plan; 2 bad input, or the model fits nowhere.")]
 pub(crate) struct Args {
     /// The job to plan for, on devices that are measured
-    #[arg(required_unless_present_any = ["model", "compare", "parent"])]
+    #[arg(conflicts_with_all = OF_DOCUMENTS)]
     job: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
@@ -45,21 +63,21 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
-    #[arg(long, value_name = "FILE", requires = "cluster")]
+    #[arg(long, value_name = "FILE", requires = "cluster", conflicts_with_all = ["seq_len", "precision", "accelerators"])]
     profile: Option<PathBuf>,
     #[command(flatten)]
     large: Large,
     /// Compare two plans of --model
-    #[arg(long, num_args = 2, value_names = ["FIRST", "SECOND"], conflicts_with_all = ["job", "model"])]
+    #[arg(long, num_args = 2, value_names = ["FIRST", "SECOND"], conflicts_with_all = OF_DOCUMENTS, conflicts_with_all = OF_DEVICES, conflicts_with_all = ["job", "cluster", "profile", "output"])]
     compare: Vec<PathBuf>,
     /// Plan on from this plan of --model after a loss
-    #[arg(long, value_name = "FILE", requires = "lose", conflicts_with_all = ["job", "model", "compare"])]
+    #[arg(long, value_name = "FILE", requires = "lose", conflicts_with_all = OF_DOCUMENTS, conflicts_with_all = OF_DEVICES, conflicts_with_all = ["job", "compare", "cluster", "profile"])]
     parent: Option<PathBuf>,
     /// Nodes that are lost, GROUP-INDEX
-    #[arg(long, value_name = "NODE,…", value_delimiter = ',', requires = "parent")]
+    #[arg(long, value_name = "NODE,…", value_delimiter = ',', requires = "parent", conflicts_with_all = OF_DOCUMENTS, conflicts_with_all = ["job", "compare"])]
     lose: Vec<String>,
     /// Steps for which the new plan is to be used: the fewer, the less it is worth to move
-    #[arg(long, value_name = "N", requires = "parent", default_value_t = 1000)]
+    #[arg(long, value_name = "N", requires = "parent", default_value_t = 1000, conflicts_with_all = OF_DOCUMENTS, conflicts_with_all = ["job", "compare"])]
     steps: u64,
     #[command(flatten)]
     devices: DeviceArgs,
@@ -71,19 +89,19 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Large {
     /// Plan this model (a Hugging Face config.json) on the groups of --cluster, or one of --tables by name
-    #[arg(long, value_name = "MODEL", conflicts_with = "job", requires = "global_batch")]
+    #[arg(long, value_name = "MODEL", requires = "global_batch", conflicts_with_all = OF_DEVICES)]
     model: Option<PathBuf>,
     /// Plan from tables of measured layers (profiles.json, network.json) in this folder
-    #[arg(long, value_name = "DIR", requires_all = ["model", "table_devices"], conflicts_with_all = ["cluster", "profile", "seq_len"])]
+    #[arg(long, value_name = "DIR", requires_all = ["model", "table_devices"], conflicts_with_all = ["cluster", "profile", "seq_len", "precision", "accelerators"])]
     tables: Option<PathBuf>,
     /// Devices of --tables, such as A100-40=32,V100-16=96
     #[arg(long = "devices", value_name = "KIND=COUNT,…", requires = "tables")]
     table_devices: Option<String>,
     /// Samples a step
-    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(long, value_name = "N", requires = "model", allow_negative_numbers = true)]
     global_batch: Option<u32>,
     /// Tokens a sample [default: 4096, or what the model allows]
-    #[arg(long, value_name = "N", requires = "model")]
+    #[arg(long, value_name = "N", requires = "model", allow_negative_numbers = true)]
     seq_len: Option<u32>,
     /// Dtype of arithmetic: bf16, f16 or f32
     #[arg(long, value_name = "DTYPE", default_value = "bf16", value_parser = problem::precision)]
@@ -92,7 +110,7 @@ pub(crate) struct Large {
     #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "model")]
     micro_batches: Vec<u32>,
     /// Search for this long, and print the best plan and how far from the best possible it may be
-    #[arg(long, value_name = "SECONDS", requires = "model")]
+    #[arg(long, value_name = "SECONDS", requires = "model", allow_negative_numbers = true)]
     time_limit: Option<f64>,
     /// Search for what was rejected and what more devices, memory and bandwidth would bring, too
     #[arg(long, requires = "model")]
@@ -130,7 +148,9 @@ pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
             commands::plan(&Workspace::open(dir)?, &args)
         }
         (None, Some(model)) => from_documents(args, model),
-        (None, None) => bail!("give a job, or --model with --cluster"),
+        (None, None) => bail!(
+            "there is nothing to plan: give a job.toml, or --model with --cluster (or --tables); see hgct plan --help"
+        ),
     }
 }
 

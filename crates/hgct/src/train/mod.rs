@@ -70,7 +70,7 @@ pub(crate) struct DeviceArgs {
   hgct train examples/quickstart/job.toml
   hgct train job.toml --data my-texts/
   hgct train job.toml --resume latest
-  hgct train job.toml --agents 1 --listen 10.0.0.1:7000 --token-file token
+  hgct train job.toml --agents 1 --listen 10.0.0.1:7070 --token-file token
 
 Exit codes: 0 trained, or stopped with a checkpoint; 1 the run failed; 2 bad input; 130 stopped at once.")]
 pub(crate) struct TrainArgs {
@@ -86,7 +86,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "RUN")]
     resume: Option<String>,
     /// Stop before this step, with a checkpoint
-    #[arg(long, value_name = "STEP")]
+    #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     until: Option<u64>,
     /// Seconds that a worker may take before its first action
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
@@ -120,8 +120,15 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     let started_at = crate::date::now();
     let loaded = LoadedJob::read(&args.job)?.with_data(&args.data)?;
     // Before anything is started or written.
+    loaded.sources()?;
     let given = args.plan.as_deref().map(|path| given_plan(path, &loaded)).transpose()?;
     let resumed = args.resume.as_deref().map(|name| Resume::find(workspace, name, &loaded)).transpose()?;
+    if let (Some(resume), Some(until)) = (&resumed, args.until)
+        && until <= resume.step()
+    {
+        let reason = format!("has trained {} steps already, and --until is {until}", resume.step());
+        bail!(BadRun { run: resume.run.clone(), reason });
+    }
     let run = match (&resumed, &args.run) {
         (Some(resume), _) => resume.run.clone(),
         (None, Some(run)) => run.clone(),
@@ -495,7 +502,8 @@ pub(crate) fn make_plan(
 /// A plan that a person gave, if it fits the job.
 fn given_plan(path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let plan = Plan::from_json(&path.to_string_lossy(), &text).with_context(|| path.display().to_string())?;
+    let plan = Plan::from_json(&path.to_string_lossy(), &text)
+        .with_context(|| format!("{} is no plan of `hgct plan job.toml`", path.display()))?;
     let fail = |what: &str| {
         Err(anyhow!(hgct_core::Error::Value {
             file: path.to_string_lossy().into_owned(),

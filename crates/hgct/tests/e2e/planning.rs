@@ -156,6 +156,40 @@ fn a_lost_node_is_planned_around() {
 }
 
 #[test]
+fn what_a_call_would_leave_out_of_account_is_refused() {
+    let documents = Documents::new();
+    let job = ["job.toml", "--cluster", "cluster.toml", "--profile", "profile.json"];
+    let model = ["--cluster", "cluster.toml", "--model", "config.json", "--global-batch", "64"];
+    let parent = ["--parent", "a.json", "--lose", "fast-1"];
+    let compare = ["--compare", "a.json", "b.json"];
+    let tables = ["--tables", ".", "--devices", "A=4", "--model", "large", "--global-batch", "64"];
+    let calls: [(&[&str], &[&str], &str); 14] = [
+        (&job, &["--global-batch", "64"], "--global-batch"),
+        (&job, &["--explain"], "--explain"),
+        (&job, &["--precision", "f16"], "--precision"),
+        (&job, &["--lose", "fast-1"], "--lose"),
+        (&model, &["--lose", "fast-1"], "--lose"),
+        (&model, &["--steps", "7"], "--steps"),
+        (&model, &["--force"], "--force"),
+        (&model, &["--agents", "2"], "--agents"),
+        (&parent, &["--global-batch", "64"], "--global-batch"),
+        (&parent, &["--cluster", "cluster.toml"], "--cluster"),
+        (&compare, &["--time-limit", "1"], "--time-limit"),
+        (&compare, &["-o", "c.json"], "--output"),
+        (&tables, &["--precision", "f32"], "--precision"),
+        (&[], &["--cluster", "cluster.toml"], "there is nothing to plan"),
+    ];
+    for (call, more, named) in calls {
+        let mut command = Command::new(BINARY);
+        command.current_dir(documents.folder.path()).arg("plan").args(call).args(more);
+        let output = command.output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{call:?} {more:?}: {error}");
+        assert!(error.contains(named), "{call:?} {more:?}: {error}");
+    }
+}
+
+#[test]
 fn the_text_has_its_parts_and_reasons() {
     let output = Documents::new().plan("64", &["--explain"]);
     let text = String::from_utf8(output.stdout).unwrap();
