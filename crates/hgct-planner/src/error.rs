@@ -89,11 +89,15 @@ pub enum Error {
         /// Nearest batches that work.
         nearest: String,
     },
-    /// The policy asks for a micro-batch size that was not measured.
-    #[error("job: `policy.micro_batches` has {found}, which was not measured (measured: {measured:?})")]
+    /// None of the policy's micro-batch sizes was measured on a device.
+    #[error(
+        "job: `policy.micro_batches` allows {wanted:?}, but {device} was measured with {measured:?} only: allow one of these, or leave the device out with `policy.devices`"
+    )]
     MicroBatch {
-        /// The size.
-        found: u32,
+        /// The device.
+        device: DeviceId,
+        /// The policy's sizes.
+        wanted: Vec<u32>,
         /// What the profile has.
         measured: Vec<u32>,
     },

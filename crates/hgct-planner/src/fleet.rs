@@ -273,14 +273,16 @@ fn chosen_devices(job: &JobSpec, cluster: &ClusterSpec, profile: &Profile) -> Re
         }
         let measured: Vec<u32> =
             crate::cost::DeviceCost::new(row).sizes.iter().map(|s| s.micro_batch).collect();
-        if let Some(found) = policy.micro_batches.iter().find(|b| !measured.contains(b)) {
-            return Err(Error::MicroBatch { found: *found, measured });
-        }
         if measured.is_empty() {
             let detail = " with embedding, block and head at one micro-batch size".into();
             return Err(Error::NotMeasured { device: device.id.clone(), detail });
         }
+        // A size that a device could not hold, or was too slow to measure, is left to the others.
         let allowed = |b: &u32| policy.micro_batches.is_empty() || policy.micro_batches.contains(b);
+        if !measured.iter().any(allowed) {
+            let wanted = policy.micro_batches.clone();
+            return Err(Error::MicroBatch { device: device.id.clone(), wanted, measured });
+        }
         devices.push(FleetDevice {
             rank: PlanRank {
                 device: device.id.clone(),

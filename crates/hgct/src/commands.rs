@@ -47,6 +47,7 @@ pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
         force: true,
         fresh: true,
         tells_unusable: true,
+        ..Choices::default()
     };
     let (reports, lost) = with_session(workspace, "check", &args.agents, |session| {
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
@@ -203,7 +204,7 @@ fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Resul
         devices: loaded.job.policy.devices.clone(),
         force: args.devices.force,
         fresh: args.devices.fresh,
-        tells_unusable: false,
+        ..Choices::default()
     };
     with_session(workspace, "plan", &args.agents, |session| {
         let (mut fleet, _) = Fleet::discover(session, &choices)?;

@@ -45,7 +45,7 @@ pub(crate) struct Fleet {
 }
 
 /// What the stages may be told.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Choices {
     /// A cluster document in place of the discovered one.
     pub(crate) cluster: Option<PathBuf>,
@@ -57,6 +57,21 @@ pub(crate) struct Choices {
     pub(crate) fresh: bool,
     /// What cannot be used is told by who asks: it is no error that nothing else is there.
     pub(crate) tells_unusable: bool,
+    /// How long a device may measure itself.
+    pub(crate) profile_budget: Duration,
+}
+
+impl Default for Choices {
+    fn default() -> Self {
+        Self {
+            cluster: None,
+            devices: Vec::new(),
+            force: false,
+            fresh: false,
+            tells_unusable: false,
+            profile_budget: PROFILE_BUDGET,
+        }
+    }
 }
 
 impl Fleet {
@@ -230,11 +245,12 @@ impl Fleet {
             }
         }
         if !unknown.is_empty() {
-            eprintln!("profile: {} devices side by side, up to a minute", unknown.len());
+            let seconds = choices.profile_budget.as_secs();
+            eprintln!("profile: {} devices side by side, about {seconds} s", unknown.len());
             self.start(session, &unknown)?;
             self.hold(session)?;
             let (fresh, failed) =
-                session.profile(&unknown, model, seq_len, &micro_batches, PROFILE_BUDGET)?;
+                session.profile(&unknown, model, seq_len, &micro_batches, choices.profile_budget)?;
             for row in fresh {
                 if let Some(device) = unknown.iter().find(|device| device.id == row.device) {
                     workspace.keep("profile", &key(device, self), &row)?;

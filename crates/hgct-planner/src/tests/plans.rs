@@ -1,7 +1,7 @@
 //! Plans of whole instances, their text, their errors.
 
 use hgct_core::job::{MinKinds, PlanShape};
-use hgct_core::plan::Plan;
+use hgct_core::plan::{Pipeline, Plan};
 use proptest::prelude::*;
 
 use super::fixture::{Instance, Shape};
@@ -255,7 +255,8 @@ fn bad_input_has_one_clear_error() {
         ),
         (
             error(&|i| i.job.policy.micro_batches = vec![3]),
-            "job: `policy.micro_batches` has 3, which was not measured (measured: [2, 4])",
+            "job: `policy.micro_batches` allows [3], but local/torch:0 was measured with [2, 4] only: allow one \
+             of these, or leave the device out with `policy.devices`",
         ),
         (
             error(&|i| {
@@ -271,6 +272,23 @@ fn bad_input_has_one_clear_error() {
     ] {
         assert_eq!(found, expected);
     }
+}
+
+#[test]
+fn a_size_that_a_device_could_not_be_measured_with_is_left_to_the_others() {
+    let mut instance = Shape::four_kinds().build();
+    instance.job.policy.micro_batches = vec![2, 4];
+    let mlx = instance.profile.devices.iter_mut().find(|row| row.device.as_str() == "local/mlx:3").unwrap();
+    mlx.layers.retain(|row| row.micro_batch == 2);
+    let found = planned(&instance);
+    check(&instance, &found);
+    let mlx = found.plan.ranks.iter().position(|rank| rank.device.as_str() == "local/mlx:3").unwrap();
+    let uses = |pipeline: &&Pipeline| {
+        let mut ranks = pipeline.stages.iter().flat_map(|stage| &found.plan.stages[stage.0 as usize].ranks);
+        ranks.any(|rank| rank.0 as usize == mlx)
+    };
+    let mut held = found.plan.pipelines.iter().filter(uses).map(|pipeline| pipeline.micro_batch);
+    assert!(held.all(|size| size == 2), "{:?}", found.plan);
 }
 
 #[test]

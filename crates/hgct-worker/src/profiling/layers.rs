@@ -13,8 +13,8 @@ use crate::{Error, Result};
 
 use super::{MICRO_BATCHES, Request, mean_ns, median};
 
-/// Windows of one layer at one size: enough for a median, no more than the budget gives.
-const WINDOWS: std::ops::RangeInclusive<usize> = 3..=9;
+/// Windows of one layer at one size, at least: enough for a median.
+const MIN_WINDOWS: usize = 3;
 
 /// Micro-batches in flight at most, when memory is measured. The first half fills what earlier
 /// measurements left free.
@@ -39,9 +39,13 @@ struct Probe {
 
 /// Windows of one probe at one size.
 struct Sample {
+    /// Index among the probes.
+    probe: usize,
     kind: LayerKind,
     num_layers: u32,
     micro_batch: u32,
+    /// What a forward and its backward took when all was compiled.
+    pair: Duration,
     forward_ns: Vec<u64>,
     backward_ns: Vec<u64>,
     activation_bytes: u64,
@@ -73,25 +77,50 @@ pub(super) fn measure(
             }
         }
     }
-    // Compilation is not known beforehand: a quarter of the budget is kept for it.
-    let planned_end = end.checked_sub(request.budget / 4).unwrap_or(end);
     let mut samples: Vec<Sample> = Vec::new();
-    for (at, (micro_batch, block_bytes)) in fitting.iter().enumerate() {
+    for (micro_batch, block_bytes) in fitting {
         engine.abort()?;
-        let mut of_size = Vec::new();
-        for (done, probe) in probes.iter().enumerate() {
-            let cells = (fitting.len() - at) * probes.len() - done;
-            let share = planned_end.saturating_duration_since(Instant::now()) / cells as u32;
-            match timer(probe, *micro_batch).sample(engine, share, window, *block_bytes) {
-                Ok(sample) => of_size.push(sample),
-                Err(error) => left_out = Some(error),
+        let of_size: Result<Vec<Sample>> =
+            probes.iter().map(|probe| timer(probe, micro_batch).warm_up(engine, block_bytes)).collect();
+        match of_size {
+            // A size that leaves no time for the fewest windows would take it from smaller ones.
+            Ok(of_size) => {
+                let all = || samples.iter().chain(&of_size);
+                let needed: Duration = all().map(|sample| sample.pair.max(window)).sum();
+                if !samples.is_empty() && Instant::now() + needed * MIN_WINDOWS as u32 > end {
+                    break;
+                }
+                samples.extend(of_size);
+            }
+            Err(error) => {
+                left_out = Some(error);
+                break;
             }
         }
-        // A larger size would not fit or not be reached either.
-        if of_size.len() < probes.len() {
+    }
+    // Layers and sizes take turns, and every device goes on for the same time: what the others and
+    // the host do meanwhile is then in all figures alike. A quarter is kept for slow rounds.
+    let last_round = end.checked_sub(request.budget / 4).unwrap_or(end);
+    let mut round = Duration::ZERO;
+    while samples
+        .first()
+        .is_some_and(|first| first.forward_ns.len() < MIN_WINDOWS || Instant::now() + round < last_round)
+    {
+        let start = Instant::now();
+        let mut turn = |sample: &mut Sample| {
+            let timed = timer(&probes[sample.probe], sample.micro_batch).window(engine, window);
+            let (forward, backward) = timed.map_err(|error| (sample.micro_batch, error))?;
+            sample.forward_ns.push(forward);
+            sample.backward_ns.push(backward);
+            Ok(())
+        };
+        if let Err((micro_batch, error)) = samples.iter_mut().try_for_each(&mut turn) {
+            // A larger size would not be held or reached either.
+            samples.retain(|sample| sample.micro_batch < micro_batch);
+            left_out = Some(error);
             break;
         }
-        samples.extend(of_size);
+        round = start.elapsed();
     }
     engine.abort()?;
     let all = model.tensors();
@@ -217,41 +246,24 @@ struct Timer<'a> {
 }
 
 impl Timer<'_> {
-    /// Warms up, which compiles, then takes windows while `share` lasts.
-    fn sample(
-        &self,
-        engine: &mut dyn Engine,
-        share: Duration,
-        window: Duration,
-        block_bytes: u64,
-    ) -> Result<Sample> {
-        let start = Instant::now();
+    /// Warms up, which compiles, and looks at memory.
+    fn warm_up(&self, engine: &mut dyn Engine, block_bytes: u64) -> Result<Sample> {
         self.pair(engine)?;
         let activation_bytes =
             if self.probe.kind == LayerKind::Block { block_bytes } else { self.counted_activation_bytes() };
         let workspace_bytes = self.workspace_bytes(engine, activation_bytes)?;
-        self.pair(engine)?;
-        let mut sample = Sample {
+        let (forward, backward) = self.pair(engine)?;
+        Ok(Sample {
+            probe: self.probe.stage.0 as usize,
             kind: self.probe.kind,
             num_layers: self.probe.num_layers,
             micro_batch: self.micro_batch,
+            pair: forward + backward,
             forward_ns: Vec::new(),
             backward_ns: Vec::new(),
             activation_bytes,
             workspace_bytes,
-        };
-        // Warm-up may have eaten the share: then the fewest windows, of half the length.
-        let left = share.saturating_sub(start.elapsed());
-        let window = window.min(left / *WINDOWS.start() as u32).max(window / 2);
-        while sample.forward_ns.len() < *WINDOWS.end() {
-            if sample.forward_ns.len() >= *WINDOWS.start() && start.elapsed() + window > share {
-                break;
-            }
-            let (forward, backward) = self.window(engine, window)?;
-            sample.forward_ns.push(forward);
-            sample.backward_ns.push(backward);
-        }
-        Ok(sample)
+        })
     }
 
     /// Mean nanoseconds of a forward and of a backward, over pairs until `window` is over.

@@ -39,6 +39,9 @@ pub(super) const DATA: &str = "crates:Cargo.lock";
 /// How far a kind's CPU share may be off its quota before a round is void.
 const SHARE_TOLERANCE: f64 = 0.02;
 
+/// A quarter of a core needs seconds for one large micro-batch.
+const PROFILE_BUDGET: Duration = Duration::from_secs(110);
+
 /// `hgct bench training`
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
@@ -143,8 +146,8 @@ fn measure(
     if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
     }
-    let fresh = Choices { fresh: true, ..Choices::default() };
-    let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &fresh)?;
+    let choices = Choices { fresh: true, profile_budget: PROFILE_BUDGET, ..Choices::default() };
+    let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &choices)?;
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let mut loaded = loaded.clone();

@@ -211,7 +211,7 @@ impl Driver<'_> {
             devices: self.loaded.job.policy.devices.clone(),
             force: self.args.devices.force,
             fresh: self.args.devices.fresh,
-            tells_unusable: false,
+            ..Choices::default()
         };
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
         let checking = Instant::now();
