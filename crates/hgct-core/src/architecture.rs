@@ -41,8 +41,6 @@ pub struct Architecture {
     pub family: String,
     /// Width of the residual stream.
     pub hidden_size: u32,
-    /// Rows of the embedding.
-    pub vocab_size: u32,
     /// Longest sequence the model was made for.
     pub max_position: u32,
     /// Layers that differ.
@@ -129,11 +127,6 @@ impl Architecture {
     /// sizes are not looked at.
     pub fn from_config_json(file: &str, text: &str) -> Result<Self> {
         config::read(file, text)
-    }
-
-    /// Number of layers, embedding and head included.
-    pub fn num_layers(&self) -> u32 {
-        self.runs.iter().map(|(_, count)| count).sum()
     }
 
     /// The class of each layer in model order.

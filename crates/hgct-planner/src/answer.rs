@@ -7,12 +7,14 @@
 use hgct_core::accelerator::Confidence;
 use hgct_core::architecture::Architecture;
 use hgct_core::canonical::Hash;
+use hgct_core::plan::Plan;
 use serde::{Deserialize, Serialize};
 
-use crate::instance::{Instance, Layout, Priced, check, check_instance, price};
+use crate::instance::{Group, Instance, Layout, Priced, check, check_groups, check_instance, price};
 use crate::{Error, Result};
 
 mod batch;
+mod below;
 mod compare;
 mod shortage;
 #[cfg(test)]
@@ -21,6 +23,7 @@ mod text;
 mod why;
 
 pub use batch::check_batch;
+pub use below::BelowSum;
 pub use compare::{Comparison, compare};
 pub use shortage::{Shortage, shortage};
 pub use why::{Rejected, Search, Shadow, Why, why};
@@ -58,8 +61,16 @@ pub struct Answer {
     pub instance: Instance,
     /// The layout.
     pub layout: Layout,
+    /// Its devices, where they are not those that [`crate::instance::assign`] hands out: pipelines that
+    /// outlived a loss keep theirs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub groups: Option<Vec<Group>>,
     /// What is expected of it.
     pub prediction: Expected,
+    /// The same as `hgct train` executes it, with its own prediction; absent where devices were not
+    /// measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Box<Plan>>,
 }
 
 /// A model, in figures.
@@ -189,6 +200,13 @@ impl Answer {
         }
         if let Some(fault) = check(&answer.instance, &answer.layout).first() {
             return bad("layout", fault.to_string(), "a sound layout");
+        }
+        let groups = answer.groups.as_deref();
+        if let Some(fault) = groups.and_then(|of| check_groups(&answer.instance, &answer.layout, of)) {
+            return bad("groups", fault.to_string(), "a device for every rank of every stage");
+        }
+        if let Some(plan) = &answer.plan {
+            plan.validate()?;
         }
         Ok(answer)
     }

@@ -39,6 +39,28 @@ impl Choice {
     }
 }
 
+/// The choice of given stages, each (class, layer past the last, recompute); `None` at a size of
+/// micro-batch that one of them has no costs for.
+pub(crate) fn choice(fleet: &Fleet<'_>, micro_batch: u32, stages: &[(usize, u32, bool)]) -> Option<Choice> {
+    let request = Request { set: &[], step_ns: u64::MAX, need: 1, first_only: true };
+    let mut search = Search {
+        fleet,
+        request: &request,
+        depth: stages.len(),
+        micro_batch,
+        least: 1,
+        left: Vec::new(),
+        stages: Vec::with_capacity(stages.len()),
+        found: &mut Vec::new(),
+        nodes: &mut 0,
+    };
+    let mut front = Front { next_layer: 0, start_ns: 0, tail_ns: 0, most: u32::MAX };
+    for (class, end, recompute) in stages {
+        front = search.place(*class, &front, *end, *recompute)?;
+    }
+    Some(Choice { micro_batch, stages: search.stages, most_samples: 0 })
+}
+
 /// What a set of devices may do in a given time.
 pub(crate) struct Request<'a> {
     /// Devices of each class, all of which take part.

@@ -14,11 +14,13 @@ use crate::instance::{CostRow, Curve, Instance, LayerClass, LayerMemory, Link, L
 use crate::{Error, Result};
 
 mod measured;
+mod mixed;
 mod roofline;
 #[cfg(test)]
 mod tests;
 
-pub use measured::measured;
+pub use measured::{devices_of_pools, measured};
+pub use mixed::mixed;
 pub use roofline::Device;
 
 /// Micro-batch sizes that are offered to the search, where the global batch allows.
@@ -127,10 +129,9 @@ pub fn estimate(
 fn layer(class: &ModelLayer, workload: &Workload<'_>, degrees: &[u32]) -> LayerClass {
     let Workload { architecture, seq_len, precision, .. } = workload;
     let dtype = precision.compute;
-    let held = held_parameters(class, architecture);
-    let bytes = |each: u32| held(1) * f64::from(each);
+    let bytes = |each: u32| held_parameters(class, architecture, 1) * f64::from(each);
     let memory = |degree: &u32| {
-        let parameters = held(*degree);
+        let parameters = held_parameters(class, architecture, *degree);
         let kept =
             |kept| class.activation_bytes(*seq_len, dtype, *degree, architecture.hidden_size, kept) as f64;
         LayerMemory {
@@ -149,12 +150,11 @@ fn layer(class: &ModelLayer, workload: &Workload<'_>, degrees: &[u32]) -> LayerC
     }
 }
 
-/// Parameters that a rank holds of a layer, by degree. A tied head holds the embedding's matrix too.
-fn held_parameters(class: &ModelLayer, architecture: &Architecture) -> impl Fn(u32) -> f64 {
+/// Parameters that a rank holds of a layer at a degree. A tied head holds the embedding's matrix too.
+fn held_parameters(class: &ModelLayer, architecture: &Architecture, degree: u32) -> f64 {
     let is_head = class.kind == hgct_core::model::LayerKind::Head;
     let tied = if is_head { architecture.tied_parameters } else { 0 };
-    let class = class.clone();
-    move |degree| (class.parameters_a_rank(degree, 1) + tied.div_ceil(u64::from(degree))) as f64
+    (class.parameters_a_rank(degree, 1) + tied.div_ceil(u64::from(degree))) as f64
 }
 
 fn pool(group: &ResolvedGroup<'_>, workload: &Workload<'_>, degrees: &[u32], case: Case) -> Result<Pool> {
@@ -190,7 +190,7 @@ fn cost(device: &Device, workload: &Workload<'_>, tensor_parallel: u32, micro_ba
         let seconds = device.layer(class, workload, tensor_parallel, micro_batch);
         forward_s.push(seconds.0);
         backward_s.push(seconds.1);
-        let parameters = held_parameters(class, architecture)(tensor_parallel);
+        let parameters = held_parameters(class, architecture, tensor_parallel);
         update_s.push(device.update(parameters, workload.precision));
     }
     CostRow { tensor_parallel, micro_batch, forward_s, backward_s, update_s }

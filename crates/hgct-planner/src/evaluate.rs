@@ -2,6 +2,7 @@
 
 use hgct_core::dtype::DType;
 use hgct_core::ids::Rank;
+use hgct_core::job::PlanShape;
 use hgct_core::plan::{Pipeline, Plan, PlanBuilder, ScheduleKind, StageId, StageInstance};
 use hgct_core::schedule::Schedule;
 
@@ -298,8 +299,8 @@ impl Sketch {
             cluster: None,
             profile: None,
             isolation: fleet.isolation,
-            model: fleet.input.model.clone(),
-            seq_len: fleet.input.job.recipe.seq_len,
+            model: fleet.task.model.clone(),
+            seq_len: fleet.task.seq_len,
             global_batch: fleet.global_batch,
             ranks: ranked.devices.iter().map(|d| fleet.devices[*d].rank.clone()).collect(),
             stages,
@@ -324,6 +325,19 @@ impl Sketch {
         flops.into_iter().map(|f| f / all).collect()
     }
 
+    /// Whether the policy allows its shape and so many kinds that count.
+    pub(crate) fn is_allowed(&self, fleet: &Fleet<'_>, min_kinds: u32) -> bool {
+        let policy = fleet.task.policy;
+        let used = self.stages().count();
+        let shape = match policy.shape {
+            PlanShape::Any => true,
+            PlanShape::DataParallel => self.pipelines.iter().all(|(choice, _)| choice.stages.len() == 1),
+            PlanShape::Pipeline => self.pipelines.len() == 1 && used == fleet.devices.len(),
+        };
+        let count = self.pipelines.iter().all(|(_, num)| *num <= fleet.max_micro_batches);
+        shape && count && self.kinds_that_count(fleet) >= min_kinds
+    }
+
     /// Kinds that compute at least half of what their own speed would give.
     pub(crate) fn kinds_that_count(&self, fleet: &Fleet<'_>) -> u32 {
         let mut done = vec![0.0; fleet.kinds.len()];
@@ -342,9 +356,8 @@ impl Sketch {
 impl Evaluated {
     /// The whole plan.
     pub(crate) fn builder(&self, fleet: &Fleet<'_>) -> PlanBuilder {
-        let input = fleet.input;
         let ranked = self.sketch.ranked(fleet);
-        let mut builder = PlanBuilder::new(input.model.clone(), input.job.recipe.seq_len, fleet.global_batch)
+        let mut builder = PlanBuilder::new(fleet.task.model.clone(), fleet.task.seq_len, fleet.global_batch)
             .ranks(ranked.devices.iter().map(|d| fleet.devices[*d].rank.clone()))
             .isolation(fleet.isolation)
             .owner_weights(self.weights.clone());

@@ -129,7 +129,7 @@ pub(crate) fn permille(a: u64, b: u64) -> i64 {
 }
 
 fn tokens_per_s(fleet: &Fleet<'_>, step_ns: u64) -> f64 {
-    let tokens = f64::from(fleet.global_batch) * f64::from(fleet.input.job.recipe.seq_len);
+    let tokens = f64::from(fleet.global_batch) * f64::from(fleet.task.seq_len);
     tokens * 1e9 / step_ns.max(1) as f64
 }
 
@@ -207,7 +207,7 @@ pub(crate) fn explain(
 ) -> Result<Explanation> {
     let step_ns = simulation.step_ns;
     let bound_ns = fleet.bound.step_ns(fleet.global_batch).min(step_ns);
-    let compute = simulate_priced(plan, fleet.input.profile, Pricing::COMPUTE)?;
+    let compute = simulate_priced(plan, fleet.task.profile, Pricing::COMPUTE)?;
     let (smooth, lean) = without_rounding(fleet, best);
     let memory_ns = (smooth - lean).round() as i64;
     let flat = without_bubble(fleet, best) as i64;

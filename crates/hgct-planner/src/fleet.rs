@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use hgct_core::cluster::{ClusterSpec, Isolation};
 use hgct_core::ids::{Kind, NodeId};
-use hgct_core::job::{JobSpec, PlanShape};
+use hgct_core::job::{PlanShape, Policy};
 use hgct_core::model::ModelSpec;
 use hgct_core::plan::PlanRank;
 use hgct_core::profile::Profile;
@@ -13,10 +13,32 @@ use crate::bound::ComputeBound;
 use crate::cost::{Costs, LinkCost, MemoryLimit, ModelShape};
 use crate::{Error, PlanInput, Result};
 
+/// What devices are to do, and the documents that say so.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Task<'a> {
+    /// What the user wants of the plan.
+    pub(crate) policy: &'a Policy,
+    /// Samples a step.
+    pub(crate) global_batch: u32,
+    /// Tokens a sample.
+    pub(crate) seq_len: u32,
+    pub(crate) model: &'a ModelSpec,
+    pub(crate) cluster: &'a ClusterSpec,
+    pub(crate) profile: &'a Profile,
+}
+
+impl<'a> Task<'a> {
+    pub(crate) fn of(input: &PlanInput<'a>) -> Self {
+        let PlanInput { job, model, cluster, profile } = *input;
+        let (global_batch, seq_len) = (job.recipe.global_batch, job.recipe.seq_len);
+        Self { policy: &job.policy, global_batch, seq_len, model, cluster, profile }
+    }
+}
+
 /// Everything that the search reads, checked.
 #[derive(Debug, Clone)]
 pub(crate) struct Fleet<'a> {
-    pub(crate) input: &'a PlanInput<'a>,
+    pub(crate) task: Task<'a>,
     pub(crate) shape: ModelShape,
     pub(crate) global_batch: u32,
     /// Most micro-batches of a pipeline.
@@ -59,17 +81,17 @@ pub(crate) struct Class {
 }
 
 impl<'a> Fleet<'a> {
-    pub(crate) fn new(input: &'a PlanInput<'a>) -> Result<Self> {
-        let PlanInput { job, model, cluster, profile } = *input;
+    pub(crate) fn new(task: Task<'a>) -> Result<Self> {
+        let Task { policy, global_batch, seq_len, model, cluster, profile } = task;
         model.validate("config.json")?;
-        check_profile(job, model, profile)?;
-        let devices = chosen_devices(job, cluster, profile)?;
+        check_profile(seq_len, model, profile)?;
+        let devices = chosen_devices(policy, cluster, profile)?;
         let costs = Costs::new(profile, devices.iter().map(|d| &d.rank.device))?;
-        let shape = ModelShape::new(model, job.recipe.seq_len);
+        let shape = ModelShape::new(model, seq_len);
         let mut fleet = Self {
-            input,
-            global_batch: job.recipe.global_batch,
-            max_micro_batches: match job.policy.max_micro_batches {
+            task,
+            global_batch,
+            max_micro_batches: match policy.max_micro_batches {
                 0 => u32::MAX,
                 most => most,
             },
@@ -187,7 +209,7 @@ impl<'a> Fleet<'a> {
     fn check_batch(&self) -> Result<()> {
         let batch = self.global_batch as usize;
         let top = batch + 1024;
-        let reachable = if self.input.job.policy.shape == PlanShape::Pipeline {
+        let reachable = if self.task.policy.shape == PlanShape::Pipeline {
             let common = |b: &u32| self.devices.iter().all(|d| d.sizes.contains(b));
             let sizes: Vec<u32> = self.devices[0].sizes.iter().copied().filter(common).collect();
             reachable(&[sizes], self.max_micro_batches, top)
@@ -237,10 +259,10 @@ fn reachable(pipelines: &[Vec<u32>], max_micro_batches: u32, top: usize) -> Vec<
     reach
 }
 
-fn check_profile(job: &JobSpec, model: &ModelSpec, profile: &Profile) -> Result<()> {
+fn check_profile(seq_len: u32, model: &ModelSpec, profile: &Profile) -> Result<()> {
     let other = |what, found: String, expected: String| Err(Error::OtherProfile { what, found, expected });
-    if profile.seq_len != job.recipe.seq_len {
-        return other("seq_len", profile.seq_len.to_string(), job.recipe.seq_len.to_string());
+    if profile.seq_len != seq_len {
+        return other("seq_len", profile.seq_len.to_string(), seq_len.to_string());
     }
     let expected = hgct_core::canonical::Hash::of(model);
     if profile.model != expected {
@@ -249,8 +271,7 @@ fn check_profile(job: &JobSpec, model: &ModelSpec, profile: &Profile) -> Result<
     Ok(())
 }
 
-fn chosen_devices(job: &JobSpec, cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<FleetDevice>> {
-    let policy = &job.policy;
+fn chosen_devices(policy: &Policy, cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<FleetDevice>> {
     for wanted in &policy.devices {
         if cluster.device(wanted).is_none() {
             let known: Vec<String> = cluster.devices().map(|(_, d)| d.id.to_string()).collect();
@@ -308,7 +329,8 @@ fn chosen_devices(job: &JobSpec, cluster: &ClusterSpec, profile: &Profile) -> Re
     if devices.len() > MAX_DEVICES {
         return Err(Error::NoDevices {
             reason: format!(
-                "{} devices are more than this search can take ({MAX_DEVICES}); name some in `policy.devices`",
+                "{} devices are more than can be planned for from a profile ({MAX_DEVICES}); name some in \
+                 `policy.devices`",
                 devices.len()
             ),
         });
@@ -316,10 +338,17 @@ fn chosen_devices(job: &JobSpec, cluster: &ClusterSpec, profile: &Profile) -> Re
     Ok(devices)
 }
 
+/// Counts of devices are bytes in the search.
+const MAX_DEVICES: usize = 255;
 /// More would take too long for a search that looks at every way to cut.
-const MAX_DEVICES: usize = 12;
+const MAX_SEARCHED: usize = 12;
 
 impl Fleet<'_> {
+    /// Whether there are few enough devices to look at every way to use them.
+    pub(crate) fn is_small(&self) -> bool {
+        self.devices.len() <= MAX_SEARCHED
+    }
+
     /// By kind: the share of the step that its own speed would give it.
     pub(crate) fn fair_shares(&self) -> Vec<f64> {
         let all: f64 = self.devices.iter().map(|d| d.speed).sum();

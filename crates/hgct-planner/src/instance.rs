@@ -26,7 +26,7 @@ mod schedule;
 mod tests;
 
 pub use assign::{Group, assign};
-pub use check::{Fault, check, check_instance};
+pub use check::{Fault, check, check_groups, check_instance};
 pub use curve::{Curve, Link, LinkRow};
 pub(crate) use names::bad;
 pub use names::{Named, lost_nodes};
@@ -324,6 +324,11 @@ impl Rules {
             max_replicas: 1,
             schedules: vec![Schedule::OneForwardOneBackward],
         }
+    }
+
+    /// What `hgct train` runs: [`Rules::hierarchical`], whose update owners divide optimizer state.
+    pub fn executable() -> Self {
+        Self { schedules: Vec::new(), ..Self::hierarchical() }
     }
 }
 

@@ -30,6 +30,7 @@ mod error;
 pub mod estimate;
 mod evaluate;
 mod exchange;
+mod executable;
 pub mod explain;
 pub mod export;
 mod fleet;
@@ -47,6 +48,7 @@ pub mod truth;
 pub mod wide;
 
 pub use error::{Error, Result};
+pub use executable::{MeasuredInput, executable};
 pub use explain::Explanation;
 pub use lint::{Finding, Severity, lint};
 pub use plan::{Budget, PlanInput, Planned, plan};

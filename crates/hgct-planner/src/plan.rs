@@ -12,8 +12,9 @@ use hgct_core::timeline::Timeline;
 
 use crate::evaluate::Evaluated;
 use crate::exchange::owned;
+use crate::executable::plan_many;
 use crate::explain::{Explanation, Rejected, explain};
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Task};
 use crate::program::Group;
 use crate::search::{Outcome, Space, least_missing, search};
 use crate::simulate::simulate;
@@ -75,9 +76,16 @@ pub struct Planned {
     pub timeline: Timeline,
 }
 
-/// Plans a job: the fastest plan under the profile that the policy allows.
+/// Plans a job: the fastest plan under the profile that the policy allows. A few devices are searched to
+/// the end; for many a layout is sought as for clusters of thousands ([`crate::wide`]), and executed.
 pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
-    let fleet = Fleet::new(input)?;
+    let fleet = Fleet::new(Task::of(input))?;
+    let job = Some(input.job.hash());
+    if !fleet.is_small() {
+        let (outcome, rejected) = plan_many(&fleet, budget)?;
+        let Some(best) = outcome.best.clone() else { return Err(no_plan(&fleet, None, &outcome)) };
+        return finish(&fleet, &best, &outcome, &none_without(&fleet), rejected, job);
+    }
     let policy = &input.job.policy;
     let min_kinds = policy.min_kinds.wanted(fleet.kinds.len() as u32);
     if min_kinds as usize > fleet.kinds.len() {
@@ -102,12 +110,19 @@ pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
         space.min_kinds -= 1;
         outcome = search(&fleet, &space, None, budget)?;
     }
-    let Some(best) = outcome.best.clone() else { return Err(no_plan(&fleet, &space, &outcome)) };
-    finish(&fleet, &best, &outcome, &without, rejected)
+    let Some(best) = outcome.best.clone() else {
+        return Err(no_plan(&fleet, Some(&space), &outcome));
+    };
+    finish(&fleet, &best, &outcome, &without, rejected, job)
 }
 
 /// Of each class: what is possible without one of its devices.
-type Without = Vec<WithoutOne>;
+pub(crate) type Without = Vec<WithoutOne>;
+
+/// Where nothing was searched without a device.
+pub(crate) fn none_without(fleet: &Fleet<'_>) -> Without {
+    vec![WithoutOne::default(); fleet.classes.len()]
+}
 
 /// The step of the best plan that was found without a device.
 #[derive(Debug, Clone, Copy, Default)]
@@ -138,17 +153,8 @@ impl Planner<'_> {
 
     /// Remembers a plan as the search's start, if the policy allows it.
     fn offer(&mut self, found: Option<&Evaluated>) {
-        let policy = &self.fleet.input.job.policy;
         let Some(found) = found else { return };
-        let pipelines = &found.sketch.pipelines;
-        let used: usize = pipelines.iter().map(|(choice, _)| choice.stages.len()).sum();
-        let allowed = match policy.shape {
-            PlanShape::Any => true,
-            PlanShape::DataParallel => pipelines.iter().all(|(choice, _)| choice.stages.len() == 1),
-            PlanShape::Pipeline => pipelines.len() == 1 && used == self.fleet.devices.len(),
-        };
-        if allowed
-            && found.sketch.kinds_that_count(self.fleet) >= self.min_kinds
+        if found.sketch.is_allowed(self.fleet, self.min_kinds)
             && self.start.as_ref().is_none_or(|best| found.step_ns < best.step_ns)
         {
             self.start = Some(found.clone());
@@ -159,12 +165,12 @@ impl Planner<'_> {
     fn without_each(&mut self) -> Result<Without> {
         let fleet = self.fleet;
         let num = fleet.classes.len();
-        let mut without = vec![WithoutOne::default(); num];
+        let mut without = none_without(fleet);
         if fleet.devices.len() == 1 {
             return Ok(without);
         }
         let budget = self.budget.part(4 * num as u64);
-        let shape = fleet.input.job.policy.shape;
+        let shape = fleet.task.policy.shape;
         for (class, one) in without.iter_mut().enumerate() {
             let mut counts = fleet.counts();
             counts[class] -= 1;
@@ -212,7 +218,7 @@ impl Planner<'_> {
 }
 
 /// Why nothing was found.
-fn no_plan(fleet: &Fleet<'_>, space: &Space, outcome: &Outcome) -> Error {
+fn no_plan(fleet: &Fleet<'_>, space: Option<&Space>, outcome: &Outcome) -> Error {
     let (missing_bytes, class, memory) = least_missing(fleet, true);
     if missing_bytes > 0 && missing_bytes < u64::MAX {
         let device = fleet.of_class(class).0;
@@ -225,9 +231,17 @@ fn no_plan(fleet: &Fleet<'_>, space: &Space, outcome: &Outcome) -> Error {
         let device = device.rank.device.clone();
         return Error::DoesNotFit { device, needed_bytes, limit_bytes, missing_bytes };
     }
-    if !outcome.finished {
+    if !outcome.finished && space.is_some() {
         return Error::Budget;
     }
+    let Some(space) = space else {
+        let reason = format!(
+            "no plan was found that it allows: on {} devices give `policy.shape` and `policy.min_kinds` no wishes, \
+             or use fewer devices",
+            fleet.devices.len()
+        );
+        return Error::Shape { reason };
+    };
     if space.one_pipeline {
         return Error::Shape {
             reason: format!(
@@ -250,21 +264,19 @@ fn no_plan(fleet: &Fleet<'_>, space: &Space, outcome: &Outcome) -> Error {
 }
 
 /// Builds the winner with its prediction and explanation.
-fn finish(
+pub(crate) fn finish(
     fleet: &Fleet<'_>,
     best: &Evaluated,
     outcome: &Outcome,
     without: &Without,
     rejected: Vec<Rejected>,
+    job: Option<Hash>,
 ) -> Result<Planned> {
-    let input = fleet.input;
-    let builder = best.builder(fleet).made_from(
-        input.job.hash(),
-        Some(Hash::of(input.cluster)),
-        Some(Hash::of(input.profile)),
-    );
+    let Task { cluster, profile, .. } = fleet.task;
+    let job = job.unwrap_or_else(|| Hash::of_bytes(b""));
+    let builder = best.builder(fleet).made_from(job, Some(Hash::of(cluster)), Some(Hash::of(profile)));
     let mut plan = builder.build()?;
-    let simulation = simulate(&plan, input.profile)?;
+    let simulation = simulate(&plan, profile)?;
     let ranked = best.sketch.ranked(fleet);
     let groups: Vec<Group> = plan.owners.iter().map(Group::of).collect();
     let memory = best.sketch.memory(fleet, &ranked, best.run_ahead, &owned(&groups, plan.ranks.len()))?;

@@ -20,6 +20,7 @@ mod exact;
 mod form;
 mod generate;
 mod meter;
+mod moves;
 mod program;
 mod replan;
 mod search;

@@ -10,11 +10,13 @@ use hgct_core::canonical;
 use hgct_core::plan::Plan;
 use hgct_core::profile::{Profile, Spread};
 use hgct_core::timeline::Timeline;
+use hgct_planner::answer::Answer;
 use hgct_planner::export::{Exported, Target, export};
-use hgct_planner::instance::{Instance, Layout, check_instance, price};
-use hgct_planner::scale::{WhatIf, simulate_layout};
+use hgct_planner::instance::{Group, Instance, Layout, Stage, check_instance, price};
+use hgct_planner::scale::{WhatIf, simulate_placed};
 use serde_json::{Value, json};
 
+use crate::job::LoadedJob;
 use crate::report::pictures;
 use crate::workspace::write_atomically;
 
@@ -79,7 +81,7 @@ pub(crate) struct ExportArgs {
 /// A plan of either form.
 enum Document {
     /// Of thousands of devices, with its problem.
-    Layout(Box<(Instance, Layout)>),
+    Layout(Box<(Instance, Layout, Option<Vec<Group>>)>),
     /// Of a job.
     Plan(Box<Plan>),
 }
@@ -87,7 +89,7 @@ enum Document {
 /// Simulates a step.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<u8> {
     let result = match read(&args.plan)? {
-        Document::Layout(document) => of_layout(args, &document.0, &document.1)?,
+        Document::Layout(document) => of_layout(args, &document.0, &document.1, document.2.as_deref())?,
         Document::Plan(plan) => of_plan(args, &plan)?,
     };
     let kinds: Vec<&str> = result.kinds.iter().map(String::as_str).collect();
@@ -115,7 +117,12 @@ struct Outcome {
     text: String,
 }
 
-fn of_layout(args: &SimulateArgs, instance: &Instance, layout: &Layout) -> Result<Outcome> {
+fn of_layout(
+    args: &SimulateArgs,
+    instance: &Instance,
+    layout: &Layout,
+    groups: Option<&[Group]>,
+) -> Result<Outcome> {
     if args.profile.is_some() {
         bail!(
             "{} has its own figures: leave --profile out, it is for the plan of a job",
@@ -124,9 +131,9 @@ fn of_layout(args: &SimulateArgs, instance: &Instance, layout: &Layout) -> Resul
     }
     let what_if = WhatIf { slow: args.slow.clone(), lose: args.lose.clone() };
     let changed = what_if != WhatIf::default();
-    let simulated = simulate_layout(instance, layout, &what_if)?;
+    let simulated = simulate_placed(instance, layout, groups, &what_if)?;
     let plain = if changed {
-        simulate_layout(instance, layout, &WhatIf::default())?.step_ns
+        simulate_placed(instance, layout, groups, &WhatIf::default())?.step_ns
     } else {
         simulated.step_ns
     };
@@ -289,6 +296,32 @@ pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
     Ok(0)
 }
 
+/// The plan that a job executes, of a document of either form. An answer of `hgct plan --model` has it
+/// where devices were measured; it is made the job's here.
+pub(crate) fn read_plan(path: &Path, loaded: &LoadedJob) -> Result<Plan> {
+    let (file, text) = (path.to_string_lossy(), text_of(path)?);
+    let value: Value = canonical::decode(&file, &text)?;
+    if value.get("layout").is_none() {
+        let plan = Plan::from_json(&file, &text);
+        return plan.with_context(|| format!("{file} is no plan of `hgct plan`"));
+    }
+    let answer = Answer::from_json(&file, &text)?;
+    let parallel = |stage: &Stage| stage.tensor_parallel > 1 || stage.replicas > 1;
+    if answer.layout.templates.iter().flat_map(|template| &template.stages).any(parallel) {
+        bail!(
+            "{file}: hgct train does not run tensor-parallel stages yet; hgct export writes it for programs that do"
+        );
+    }
+    let Some(mut plan) = answer.plan else {
+        bail!(
+            "{file} names no devices: it was not planned from a profile. Measure them with hgct profile, and plan \
+             with --profile"
+        );
+    };
+    plan.job = loaded.job.hash();
+    Ok(*plan)
+}
+
 /// Reads a plan of either form: one with its problem has `instance` and `layout`.
 fn read(path: &Path) -> Result<Document> {
     let file = path.to_string_lossy();
@@ -305,7 +338,10 @@ fn read(path: &Path) -> Result<Document> {
     if let Some(fault) = check_instance(&instance).first() {
         bail!("{file}: {fault}");
     }
-    Ok(Document::Layout(Box::new((instance, layout))))
+    let groups = value
+        .get("groups")
+        .map(|groups| canonical::decode::<Vec<Group>>(&format!("{file}: groups"), &groups.to_string()));
+    Ok(Document::Layout(Box::new((instance, layout, groups.transpose()?))))
 }
 
 /// A text of at most 256 MiB.

@@ -122,7 +122,6 @@ impl Sizes {
         Architecture {
             family: self.family.clone(),
             hidden_size: self.hidden,
-            vocab_size: self.vocab,
             max_position: self.max_position,
             classes,
             runs,

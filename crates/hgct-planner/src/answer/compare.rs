@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::Answer;
+use super::text::percent;
 use crate::explain::{cells, table};
 
 /// What differs between two answers.
@@ -95,7 +96,6 @@ impl fmt::Display for Comparison {
         if !self.same_problem {
             writeln!(f, "The two answer different problems: model, devices, batch or costs differ.\n")?;
         }
-        let percent = |x: f64| format!("{:.1} %", 100.0 * x);
         let gap = |x: Option<f64>| x.map_or_else(|| "not known".into(), percent);
         let pair = |name: &str, of: [String; 2]| {
             let [a, b] = of;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::text::gib;
 use crate::instance::Instance;
 
 /// What is missing.
@@ -98,12 +99,11 @@ fn too_large(
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = |bytes: f64| bytes / 1_073_741_824.0;
         let missing = self.needed_bytes - self.available_bytes;
         if let Some((name, needs, has)) = &self.layer {
             write!(
                 f,
-                "one {name} alone needs {:.1} GiB of a device, whatever the tensor parallelism, and {:.1} GiB are \
+                "one {name} alone needs {} GiB of a device, whatever the tensor parallelism, and {} GiB are \
                  free where the least is missing; ",
                 gib(*needs),
                 gib(*has)
@@ -112,8 +112,8 @@ impl fmt::Display for Shortage {
         if missing > 0.0 {
             write!(
                 f,
-                "at least {:.1} GiB are needed, and all devices together have {:.1} GiB beside what frameworks \
-                 take: {:.1} GiB are missing; ",
+                "at least {} GiB are needed, and all devices together have {} GiB beside what frameworks \
+                 take: {} GiB are missing; ",
                 gib(self.needed_bytes),
                 gib(self.available_bytes),
                 gib(missing)

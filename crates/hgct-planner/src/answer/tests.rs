@@ -4,7 +4,7 @@ use hgct_core::accelerator::Confidence;
 
 use super::*;
 use crate::instance::{
-    CostRow, Curve, LayerClass, LayerMemory, Link, Pool, Rules, Run, Schedule, Stage, Template,
+    CostRow, Curve, LayerClass, LayerMemory, Link, Pool, Rules, Run, Schedule, Stage, Template, assign,
 };
 
 const GIB: f64 = 1_073_741_824.0;
@@ -96,6 +96,7 @@ fn answer() -> Answer {
         confidence: vec![Confidence::Vendor, Confidence::Estimate],
         instance,
         layout,
+        groups: None,
         prediction: Expected {
             iteration_s,
             slow_s: Some(1.5 * iteration_s),
@@ -105,6 +106,7 @@ fn answer() -> Answer {
             limited_by: "compute".into(),
             finished: true,
         },
+        plan: None,
     }
 }
 
@@ -128,6 +130,22 @@ fn an_answer_reads_back_and_is_checked() {
         error.starts_with("plan.json: `layout` is template 1") && error.contains("layer 5 of 6"),
         "{error}"
     );
+    let mut placed = answer.clone();
+    let mut groups = assign(&answer.instance, &answer.layout).unwrap();
+    let last = groups.len() - 1;
+    groups[last].node = 1;
+    placed.groups = Some(groups.clone());
+    let read = |answer: &Answer| Answer::from_json("plan.json", &hgct_core::canonical::encode(answer));
+    assert_eq!(read(&placed).unwrap(), placed);
+    groups[last].node = 2;
+    placed.groups = Some(groups.clone());
+    assert!(read(&placed).unwrap_err().to_string().contains("slow has no node 2"));
+    groups[1] = Group { stage: 1, ..groups[0] };
+    placed.groups = Some(groups.clone());
+    assert!(read(&placed).unwrap_err().to_string().contains("is there twice"));
+    groups.pop();
+    placed.groups = Some(groups);
+    assert!(read(&placed).unwrap_err().to_string().contains("are not those of the layout"));
     let mut old = answer;
     old.format = 9;
     assert!(
@@ -207,6 +225,29 @@ fn idle_and_slowing_kinds_are_named() {
     assert_eq!(why.rejected.len(), 6);
     assert!(why.shadow_prices.iter().all(|row| row.gain >= 0.0));
     assert_eq!(why.shadow_prices.len(), 5);
+}
+
+#[test]
+fn below_the_sum_of_its_kinds_an_answer_names_the_limit() {
+    let mut answer = answer();
+    let own = answer.iterations_per_s();
+    let below = |answer: &Answer, sum: f64| why(answer, &[Some(0.7 * sum), Some(0.3 * sum)], None).below_sum;
+    assert_eq!(below(&answer, own / 0.96), None);
+    // Slow links between the kinds: the exchange is what stands between.
+    answer.instance.inter[0][1] = Link::uniform(Curve::AlphaBeta { latency_s: 0.0, bytes_per_s: 1e8 });
+    answer.prediction.iteration_s = answer.price().iteration_s;
+    let sum = 1.3 / answer.prediction.iteration_s;
+    let slow = below(&answer, sum).unwrap();
+    assert_eq!(slow.limit, "exchange");
+    assert!(slow.reason.contains("from fast to slow, carries 0.1 GB/s"), "{}", slow.reason);
+    let parts: f64 = slow.parts_s.iter().map(|(_, seconds)| seconds).sum();
+    assert!((slow.sum_s + parts - answer.prediction.iteration_s).abs() < 1e-9);
+    assert!(!slow.proven);
+    answer.prediction.bound_s = Some(0.99 * answer.prediction.iteration_s);
+    let proven = below(&answer, sum).unwrap();
+    assert!(proven.proven && proven.reason.contains("the bound proves"), "{}", proven.reason);
+    let text = answer.tell(&why(&answer, &[Some(sum), Some(0.01)], None)).to_string();
+    assert!(text.contains("they do not reach 95 % of it"), "{text}");
 }
 
 #[test]

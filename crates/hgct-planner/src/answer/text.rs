@@ -21,12 +21,14 @@ impl Answer {
     }
 }
 
-fn percent(part: f64) -> String {
+/// A part of one as percent.
+pub(super) fn percent(part: f64) -> String {
     format!("{:.1} %", 100.0 * part)
 }
 
-fn gib(bytes: u64) -> String {
-    format!("{:.1}", bytes as f64 / 1_073_741_824.0)
+/// Bytes as GiB.
+pub(super) fn gib(bytes: f64) -> String {
+    format!("{:.1}", bytes / 1_073_741_824.0)
 }
 
 /// A large count in words that are short.
@@ -144,7 +146,7 @@ impl Told<'_> {
                 each,
                 if first { format!("{} of {}", row.micro_batches, row.micro_batch) } else { String::new() },
                 if row.recompute { "yes".into() } else { "no".into() },
-                format!("{} of {}", gib(row.memory_bytes), gib(row.memory_limit_bytes)),
+                format!("{} of {}", gib(row.memory_bytes as f64), gib(row.memory_limit_bytes as f64)),
                 percent(row.busy),
             ]);
             last = Some(row);
@@ -189,7 +191,17 @@ impl Told<'_> {
                 "\nEstimated from public figures. Measure one device of each kind with `hgct profile` before \
                  you rely on it."
             ),
-            Basis::Profile => writeln!(f, "\nFrom a measured profile."),
+            Basis::Profile => {
+                write!(f, "\nFrom a measured profile.")?;
+                match self.answer.plan.as_ref().and_then(|plan| plan.prediction.as_ref()) {
+                    Some(prediction) => writeln!(
+                        f,
+                        " `hgct train --plan` runs it: {:.3} s a step by the simulation of what its workers do.",
+                        prediction.step_ns as f64 / 1e9
+                    ),
+                    None => writeln!(f),
+                }
+            }
             Basis::Tables => writeln!(f, "\nFrom tables of measured layers."),
         }
     }

@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use super::Answer;
+use super::text::percent;
+use super::{Answer, BelowSum};
 use crate::instance::{Curve, Instance, Link};
 
 /// The part by which memory and links are made larger to see what they are worth.
@@ -37,6 +38,8 @@ pub struct Why {
     pub rejected: Vec<Rejected>,
     /// The answer ÷ the sum of the one-kind answers at the same global batch.
     pub of_sum_of_kinds: Option<f64>,
+    /// Which physical limit forbids more, where that is below 0.95.
+    pub below_sum: Option<BelowSum>,
     /// Kinds of which devices are left idle, and how many.
     pub idle: Vec<(String, u64)>,
     /// What more would bring.
@@ -86,6 +89,7 @@ fn one_kind(answer: &Answer, own: f64, why: &mut Why, alone: &[Option<f64>]) {
     // A kind for which no plan was found says nothing of what it could do.
     let sum: Option<f64> = alone.iter().copied().sum();
     why.of_sum_of_kinds = sum.filter(|sum| *sum > 0.0).map(|sum| own / sum);
+    why.below_sum = why.of_sum_of_kinds.and_then(|part| BelowSum::new(answer, part));
 }
 
 /// The cluster without each kind.
@@ -152,7 +156,6 @@ fn reasons(answer: &Answer, why: &Why) -> Vec<String> {
     let own = answer.iterations_per_s();
     let priced = answer.price();
     let mut reasons = Vec::new();
-    let percent = |part: f64| format!("{:.1} %", 100.0 * part);
     for (kind, count) in &why.idle {
         reasons.push(format!(
             "{count} devices of {kind} are left idle: no place was found where they make a step shorter"
@@ -176,6 +179,7 @@ fn reasons(answer: &Answer, why: &Why) -> Vec<String> {
             "together they reach {} of the sum of what each kind reaches alone at this global batch",
             percent(part)
         ));
+        reasons.extend(why.below_sum.iter().map(|below| below.reason.clone()));
     }
     let slowest = priced.templates.iter().fold(0.0f64, |most, t| most.max(t.total_s));
     let fill: f64 = priced.templates.iter().map(|t| t.bubble_s).fold(0.0, f64::max);

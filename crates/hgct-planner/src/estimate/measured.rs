@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use hgct_core::architecture::Architecture;
 use hgct_core::cluster::{ClusterSpec, DeviceSpec};
-use hgct_core::ids::{Kind, NodeId};
+use hgct_core::ids::{DeviceId, Kind, NodeId};
 use hgct_core::model::{LayerKind, ModelSpec};
 use hgct_core::profile::{DeviceProfile, Profile};
 
@@ -76,6 +76,13 @@ pub fn measured(
         seq_len: profile.seq_len,
         rules,
     })
+}
+
+/// The devices of each pool of [`measured`], by node: what a layout's groups mean.
+pub fn devices_of_pools(cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<Vec<Vec<DeviceId>>>> {
+    let ids = |node: &Vec<(&DeviceSpec, &DeviceProfile)>| node.iter().map(|(of, _)| of.id.clone()).collect();
+    let of_group = |group: Measured<'_>| group.devices.iter().map(ids).collect();
+    Ok(grouped(cluster, profile)?.into_iter().map(of_group).collect())
 }
 
 fn grouped<'a>(cluster: &'a ClusterSpec, profile: &'a Profile) -> Result<Vec<Measured<'a>>> {

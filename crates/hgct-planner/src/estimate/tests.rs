@@ -200,3 +200,24 @@ fn a_profile_becomes_an_instance_with_a_pool_a_kind() {
     let other = ModelSpec { num_layers: fixture.model.num_layers + 1, ..fixture.model.clone() };
     assert!(build(&other).unwrap_err().to_string().starts_with("profile: model is "));
 }
+
+#[test]
+fn a_group_of_two_kinds_waits_for_the_slower_and_for_the_link_between() {
+    let instance = instance(GPT_175B, 2048, DType::Bf16, Case::Expected);
+    let mixed = mixed(&instance, 0, 1).unwrap();
+    assert_eq!(check_instance(&mixed), vec![]);
+    let nodes: Vec<u32> = mixed.pools.iter().map(|pool| pool.nodes).collect();
+    assert_eq!((nodes, mixed.num_devices()), (vec![4, 0, 4], instance.num_devices()));
+    let pool = &mixed.pools[2];
+    assert_eq!((pool.kind.as_str(), pool.devices_per_node), ("a100+c550", 16));
+    assert!(pool.costs.iter().all(|row| row.tensor_parallel > 1));
+    let of = |pool: usize| instance.pools[pool].cost(8, 1).unwrap();
+    let row = pool.cost(8, 1).unwrap();
+    // Two all-reduces of a micro-batch of 2,048 tokens, from four devices of a node to four.
+    let bytes = 2048.0 * 12288.0 * 2.0;
+    let between =
+        2.0 * instance.inter[0][1].seconds(4, 4, bytes).max(instance.inter[1][0].seconds(4, 4, bytes));
+    let expected = of(0).forward_s[1].max(of(1).forward_s[1]) + between;
+    assert!((row.forward_s[1] - expected).abs() < 1e-12, "{} {expected}", row.forward_s[1]);
+    assert!(super::mixed(&instance, 0, 0).is_none() && super::mixed(&instance, 0, 7).is_none());
+}

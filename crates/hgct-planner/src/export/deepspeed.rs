@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Exported, File, Target, one, refuse, share};
+use super::{Exported, File, Target, Uniform, refuse, share, uniform};
 use crate::Result;
 use crate::instance::Schedule;
 
@@ -12,9 +12,7 @@ const TARGET: Target = Target::DeepSpeed;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     let pipeline = plan.one_shape(TARGET)?;
-    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
-    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
-    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     if pipeline.schedule != Schedule::OneForwardOneBackward {
         return Err(refuse(TARGET, format!("its pipeline is 1F1B, not {:?}", pipeline.schedule)));
     }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Exported, File, Target, one, places, refuse, share};
+use super::{Exported, File, Target, places, refuse, share, uniform_beside_degree};
 use crate::Result;
 use crate::instance::Schedule;
 
@@ -23,8 +23,7 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
         }
     }
     // A mesh with fewer replicas would need larger micro-batches, for which there is no word.
-    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
-    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let (replicas, recompute) = uniform_beside_degree(TARGET, pipeline)?;
     if pipeline.schedule != Schedule::OneForwardOneBackward {
         return Err(refuse(TARGET, "unlike meshes are 1F1B only".into()));
     }

@@ -6,16 +6,14 @@
 use std::fmt::Write as _;
 
 use super::arguments::Arguments;
-use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
+use super::{Exported, ExportedPipeline, File, Target, Uniform, places, share, uniform, virtual_stages};
 use crate::Result;
 
 const TARGET: Target = Target::Megatron;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     let pipeline = plan.one_shape(TARGET)?;
-    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
-    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
-    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     let mut text = String::from(
         "# Ranks are handed out tensor parallel group by group, then replica by replica, then stage by stage.\n",
     );

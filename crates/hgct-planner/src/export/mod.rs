@@ -343,6 +343,27 @@ fn one<T: PartialEq + Copy + std::fmt::Display>(
     }
 }
 
+/// What all stages of a pipeline have in common where a target has one word for it.
+struct Uniform {
+    degree: u32,
+    replicas: u32,
+    recompute: bool,
+}
+
+/// The one degree, number of replicas and answer to recompute of all stages.
+fn uniform(target: Target, pipeline: &ExportedPipeline) -> Result<Uniform> {
+    let degree = one(target, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
+    let (replicas, recompute) = uniform_beside_degree(target, pipeline)?;
+    Ok(Uniform { degree, replicas, recompute })
+}
+
+/// The same for targets whose stages may have a degree each.
+fn uniform_beside_degree(target: Target, pipeline: &ExportedPipeline) -> Result<(u32, bool)> {
+    let replicas = one(target, "number of replicas", pipeline, |stage| stage.replicas)?;
+    let recompute = one(target, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    Ok((replicas, recompute))
+}
+
 /// Layers of every virtual stage in the order of a forward: with v a device, the first v-th of all
 /// stages' layers, then the next.
 fn virtual_stages(target: Target, pipeline: &ExportedPipeline) -> Result<Vec<Range<u32>>> {

@@ -3,7 +3,7 @@
 //! for runs of replicas, `n₀ size₀ n₁ size₁ …`, and sum to the global batch.
 
 use super::arguments::Arguments;
-use super::{Exported, ExportedPipeline, File, Target, one, places, refuse, share};
+use super::{Exported, ExportedPipeline, File, Target, Uniform, places, refuse, share, uniform};
 use crate::Result;
 use crate::instance::Schedule;
 
@@ -15,9 +15,7 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     if plan.pipelines.iter().any(|pipeline| pipeline.schedule != Schedule::OneForwardOneBackward) {
         return Err(refuse(TARGET, "uneven stages are 1F1B only".into()));
     }
-    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
-    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
-    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     let mut arguments = Arguments::after(places(plan, "#"));
     arguments.add("tensor-model-parallel-size", &degree.to_string());
     arguments.add("pipeline-model-parallel-size", &pipeline.stages.len().to_string());

@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use hgct_core::schedule::{Operation, one_forward_one_backward};
 
-use super::{Exported, ExportedPipeline, File, Target, one, places, share, virtual_stages};
+use super::{Exported, ExportedPipeline, File, Target, Uniform, places, share, uniform, virtual_stages};
 use crate::Result;
 use crate::instance::Schedule;
 
@@ -14,9 +14,7 @@ const TARGET: Target = Target::Torchtitan;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     let pipeline = plan.one_shape(TARGET)?;
-    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
-    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
-    let recompute = one(TARGET, "answer to recompute", pipeline, |stage| stage.recompute)?;
+    let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     let stages = virtual_stages(TARGET, pipeline)?;
     let size = share(TARGET, pipeline, replicas)?;
     let depth = pipeline.stages.len();

@@ -1,10 +1,11 @@
 //! What is wrong with an instance or a layout, independent of the search.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::Serialize;
 
-use super::{Curve, Instance, Layout, Link, Schedule, Stage, Template, price};
+use super::{Curve, Group, Instance, Layout, Link, Schedule, Stage, Template, assign, price};
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -223,6 +224,30 @@ fn of_stage(instance: &Instance, template: &Template, stage: &Stage) -> Option<S
             "the cost of {} at tensor parallel {}, micro-batch {micro_batch} is not known",
             pool.kind, stage.tensor_parallel
         ));
+    }
+    None
+}
+
+/// What is wrong with the devices that somebody gave a sound layout: they must be a group for each
+/// replica of each stage, in the order of [`assign`], and nobody's twice.
+pub fn check_groups(instance: &Instance, layout: &Layout, groups: &[Group]) -> Option<Fault> {
+    let fault = |message: String| Some(Fault { place: "groups".into(), message });
+    let whose = |g: &Group| (g.template, g.pipeline, g.stage, g.replica, g.pool, g.devices);
+    let wanted = assign(instance, layout).unwrap_or_default();
+    if !wanted.iter().map(whose).eq(groups.iter().map(whose)) {
+        return fault("are not those of the layout's stages".into());
+    }
+    let mut taken = BTreeSet::new();
+    for group in groups {
+        let (pool, end) = (&instance.pools[group.pool], group.first_device.saturating_add(group.devices));
+        if group.node >= pool.nodes || end > pool.devices_per_node {
+            return fault(format!("{} has no node {} with {end} devices", pool.kind, group.node));
+        }
+        for device in group.first_device..end {
+            if !taken.insert((group.pool, group.node, device)) {
+                return fault(format!("device {device} of {}-{} is there twice", pool.kind, group.node));
+            }
+        }
     }
     None
 }

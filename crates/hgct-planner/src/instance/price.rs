@@ -91,12 +91,7 @@ pub fn price(instance: &Instance, layout: &Layout) -> Priced {
 /// Layers that travel together, first to last, with the seconds of their exchange: all layers
 /// between neighbouring cuts of any template have the same holders.
 pub(crate) fn exchange_groups(instance: &Instance, layout: &Layout) -> Vec<(std::ops::Range<u32>, f64)> {
-    let pricer = Pricer::new(instance, layout);
-    let mut cuts: Vec<u32> = layout.templates.iter().flat_map(|t| &t.stages).map(|s| s.first_layer).collect();
-    cuts.push(pricer.classes.len() as u32);
-    cuts.sort_unstable();
-    cuts.dedup();
-    cuts.windows(2).map(|cut| (cut[0]..cut[1], pricer.group_s(cut[0] as usize..cut[1] as usize))).collect()
+    Pricer::new(instance, layout).exchange_groups()
 }
 
 struct Pricer<'a> {
@@ -232,18 +227,12 @@ impl<'a> Pricer<'a> {
     /// Exchange of the layers of every stage. Layers between the same cuts of all templates have the
     /// same holders and travel as one group; a device pays for all groups that it holds.
     fn exchange(&self, templates: &mut [PricedTemplate]) {
-        let mut cuts: Vec<u32> =
-            self.layout.templates.iter().flat_map(|t| &t.stages).map(|s| s.first_layer).collect();
-        cuts.push(self.classes.len() as u32);
-        cuts.sort_unstable();
-        cuts.dedup();
-        let groups: Vec<(u32, f64)> =
-            cuts.windows(2).map(|cut| (cut[0], self.group_s(cut[0] as usize..cut[1] as usize))).collect();
+        let groups = self.exchange_groups();
         for (template, of_layout) in templates.iter_mut().zip(&self.layout.templates) {
             for (stage, of_layout) in template.stages.iter_mut().zip(&of_layout.stages) {
                 let layers = of_layout.first_layer..of_layout.end_layer;
                 stage.exchange_s =
-                    groups.iter().filter(|(first, _)| layers.contains(first)).map(|(_, s)| s).sum();
+                    groups.iter().filter(|(of, _)| layers.contains(&of.start)).map(|(_, s)| s).sum();
                 // The exchange of a layer can begin when its last backward is done: that of the first
                 // layer never hides.
                 let num = f64::from(of_layout.num_layers());
@@ -254,6 +243,17 @@ impl<'a> Pricer<'a> {
                 }
             }
         }
+    }
+
+    /// [`exchange_groups`].
+    fn exchange_groups(&self) -> Vec<(std::ops::Range<u32>, f64)> {
+        let stages = self.layout.templates.iter().flat_map(|t| &t.stages);
+        let mut cuts: Vec<u32> = stages.map(|s| s.first_layer).collect();
+        cuts.push(self.classes.len() as u32);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let seconds = |cut: &[u32]| self.group_s(cut[0] as usize..cut[1] as usize);
+        cuts.windows(2).map(|cut| (cut[0]..cut[1], seconds(cut))).collect()
     }
 
     /// Exchange of consecutive layers with the same holders.

@@ -24,7 +24,7 @@ impl Schedule {
     pub(crate) fn fill_s(self, work: Work) -> f64 {
         let compute = match self {
             Self::OneForwardOneBackward => work.forward_s + work.backward_s,
-            Self::Interleaved(v) => (work.forward_s + work.backward_s) / f64::from(v.max(1)),
+            Self::Interleaved(_) => (work.forward_s + work.backward_s) / f64::from(self.virtual_stages()),
             Self::ZeroBubble => work.forward_s,
         };
         compute + work.transfer_s
@@ -32,25 +32,31 @@ impl Schedule {
 
     /// How often a micro-batch is handed on by each stage.
     pub(crate) fn transfers(self) -> f64 {
+        f64::from(self.virtual_stages())
+    }
+
+    /// Virtual stages of a device.
+    pub(crate) fn virtual_stages(self) -> u32 {
         match self {
-            Self::Interleaved(v) => f64::from(v.max(1)),
-            Self::OneForwardOneBackward | Self::ZeroBubble => 1.0,
+            Self::Interleaved(v) => v.max(1),
+            Self::OneForwardOneBackward | Self::ZeroBubble => 1,
+        }
+    }
+
+    /// Virtual micro-batches that a stage holds at most: `num_stages − index` of 1F1B; interleaved,
+    /// Megatron-LM's warm-up of `2(p − 1 − i) + (v − 1)p` and the one in work.
+    pub(crate) fn virtual_in_flight(self, num_stages: u32, index: u32) -> u32 {
+        let after = num_stages - index;
+        match self {
+            Self::OneForwardOneBackward | Self::ZeroBubble => after,
+            Self::Interleaved(_) => 2 * (after - 1) + (self.virtual_stages() - 1) * num_stages + 1,
         }
     }
 
     /// Micro-batches whose activations a stage holds at most; a fraction where a virtual stage is
     /// one. The schedule is the same for any number of micro-batches, so few of them save nothing.
-    ///
-    /// Interleaved: Megatron-LM's warm-up of `2(p − 1 − i) + (v − 1)p` virtual micro-batches and the
-    /// one in work, each a v-th.
     pub(crate) fn in_flight(self, num_stages: usize, index: usize) -> f64 {
-        let after = num_stages - index;
-        match self {
-            Self::OneForwardOneBackward | Self::ZeroBubble => after as f64,
-            Self::Interleaved(v) => {
-                let v = v.max(1) as usize;
-                (2 * (after - 1) + (v - 1) * num_stages + 1) as f64 / v as f64
-            }
-        }
+        let num = self.virtual_in_flight(num_stages as u32, index as u32);
+        f64::from(num) / f64::from(self.virtual_stages())
     }
 }

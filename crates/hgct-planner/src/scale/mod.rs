@@ -9,7 +9,7 @@
 
 use hgct_core::timeline::Timeline;
 
-use crate::instance::{Instance, Layout, check};
+use crate::instance::{Group, Instance, Layout, check, check_groups};
 use crate::{Error, Result};
 
 mod exchange;
@@ -54,7 +54,18 @@ const MOST: u64 = 4_000_000;
 
 /// Simulates one step of a layout without faults.
 pub fn simulate_layout(instance: &Instance, layout: &Layout, what_if: &WhatIf) -> Result<Simulated> {
-    if let Some(fault) = check(instance, layout).first() {
+    simulate_placed(instance, layout, None, what_if)
+}
+
+/// The same on devices that somebody gave it; without them on those of [`crate::instance::assign`].
+pub fn simulate_placed(
+    instance: &Instance,
+    layout: &Layout,
+    groups: Option<&[Group]>,
+    what_if: &WhatIf,
+) -> Result<Simulated> {
+    let fault = check(instance, layout).into_iter().next();
+    if let Some(fault) = fault.or_else(|| check_groups(instance, layout, groups?)) {
         return Err(Error::Layout { fault: fault.to_string() });
     }
     let computations: u64 = layout
@@ -67,7 +78,7 @@ pub fn simulate_layout(instance: &Instance, layout: &Layout, what_if: &WhatIf) -
             fault: format!("{computations} computations are more than the {MOST} that are simulated"),
         });
     }
-    let places = place::Places::new(instance, layout, what_if)?;
+    let places = place::Places::new(instance, layout, groups, what_if)?;
     let mut machine = run::Machine::new(instance, layout, &places);
     machine.run();
     Ok(exchange::finish(instance, layout, &places, &machine))

@@ -45,23 +45,15 @@ pub(super) struct Greedy {
     total: u32,
 }
 
-/// Virtual stages a unit of a schedule has.
-pub(super) fn num_chunks(schedule: Schedule) -> u32 {
-    match schedule {
-        Schedule::Interleaved(chunks) => chunks.max(1),
-        _ => 1,
-    }
-}
-
 impl Order {
     pub(super) fn new(schedule: Schedule, depth: u32, stage: u32, num: u32) -> Self {
-        let chunks = num_chunks(schedule);
+        let chunks = schedule.virtual_stages();
         match schedule {
             Schedule::OneForwardOneBackward => Self::Fixed { ops: one_f_one_b(depth, stage, num), next: 0 },
             Schedule::Interleaved(_) => {
                 // Megatron-LM's order: as many micro-batches as stages through one virtual stage, then
-                // the same through the next; its warm-up and the one in work.
-                let limit = 2 * (depth - 1 - stage) + (chunks - 1) * depth + 1;
+                // the same through the next.
+                let limit = schedule.virtual_in_flight(depth, stage);
                 Self::Greedy(Greedy::new(interleaved(depth, chunks, num), limit, chunks, num, false))
             }
             _ => Self::Greedy(Greedy::new(interleaved(1, 1, num), depth - stage, 1, num, true)),

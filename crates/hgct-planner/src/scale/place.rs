@@ -40,8 +40,13 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// The devices that [`assign`] hands out.
-    pub(super) fn new(instance: &Instance, layout: &Layout, what_if: &WhatIf) -> Result<Self> {
+    /// On these devices, or on those that [`assign`] hands out.
+    pub(super) fn new(
+        instance: &Instance,
+        layout: &Layout,
+        groups: Option<&[Group]>,
+        what_if: &WhatIf,
+    ) -> Result<Self> {
         let lost = lost_nodes(instance, &what_if.lose)?;
         let slow = what_if.slow.iter().map(|(name, factor)| {
             if !(factor.is_finite() && *factor > 0.0 && *factor <= 1e6) {
@@ -54,7 +59,9 @@ impl Places {
             let hits = slow.iter().filter(|(named, _)| groups.iter().any(|group| named.meets(group)));
             hits.map(|(_, factor)| *factor).fold(1.0, f64::max)
         };
-        let groups = assign(instance, layout)
+        let groups = groups
+            .map(<[Group]>::to_vec)
+            .or_else(|| assign(instance, layout))
             .ok_or_else(|| Error::Layout { fault: "its groups do not fit into the nodes".into() })?;
         let mut places = Self { units: Vec::new(), pipelines: Vec::new() };
         let of_pipeline = |a: &Group, b: &Group| (a.template, a.pipeline) == (b.template, b.pipeline);

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use super::ns;
-use super::order::{Op, OpKind, Order, num_chunks};
+use super::order::{Op, OpKind, Order};
 use super::place::{Places, Unit};
 use crate::instance::{Instance, Layout, PricedStage, Schedule, Transfer, price};
 
@@ -95,7 +95,7 @@ impl<'a> Machine<'a> {
             let num_micro_batches = places.pipelines[unit.pipeline].num_micro_batches;
             machine.orders.push(Order::new(template.schedule, depth, unit.stage as u32, num_micro_batches));
             let priced = &machine.priced[unit.template][unit.stage];
-            let chunks = f64::from(num_chunks(template.schedule));
+            let chunks = f64::from(template.schedule.virtual_stages());
             let whole = priced.backward_s * unit.factor;
             // Weights' half of a divided backward, without what recompute adds.
             let weight = match template.schedule {
@@ -154,7 +154,7 @@ impl<'a> Machine<'a> {
         (
             self.places.pipelines[of.pipeline].first_unit,
             template.stages.len() as u32,
-            num_chunks(template.schedule),
+            template.schedule.virtual_stages(),
         )
     }
 

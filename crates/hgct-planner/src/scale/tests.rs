@@ -191,12 +191,24 @@ fn a_lost_node_stops_the_same_pipelines_here_and_in_a_new_plan() {
         let what_if = WhatIf { slow: vec![], lose: vec![name] };
         let simulated = simulate_layout(&instance, &layout, &what_if).unwrap();
         let effort = Effort { nodes: 1_000_000, stop: None };
-        let replanned = replan(&instance, &layout, &[(pool, node)], 1, &effort).unwrap();
+        let replanned = replan(&instance, &layout, None, &[(pool, node)], 1, &effort).unwrap();
         let keep = replanned.ways.iter().find(|way| way.name == "keep").unwrap();
         assert_eq!(simulated.num_pipelines as u64, keep.kept_pipelines, "{pool} {node}");
         left.push(keep.kept_pipelines);
     }
     assert_eq!(left, [5, 5, 4, 4, 5, 5, 6]);
+    // And once more in what is left, where pipelines have kept their devices.
+    let effort = Effort { nodes: 1_000_000, stop: None };
+    let once = replan(&instance, &layout, None, &[(0, 0)], 1, &effort).unwrap();
+    let keep = once.ways.iter().find(|way| way.name == "keep").unwrap();
+    for node in 0..3 {
+        let twice =
+            replan(&once.instance, &keep.layout, Some(&keep.groups), &[(0, node)], 1, &effort).unwrap();
+        let what_if = WhatIf { slow: vec![], lose: vec![format!("FAST-{node}")] };
+        let simulated = simulate_placed(&once.instance, &keep.layout, Some(&keep.groups), &what_if).unwrap();
+        let keep = twice.ways.iter().find(|way| way.name == "keep").unwrap();
+        assert_eq!(simulated.num_pipelines as u64, keep.kept_pipelines, "{node}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::fixture::{Instance, Shape, mix};
 use crate::choices::{Choice, Request, choices};
 use crate::evaluate::Sketch;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Task};
 use crate::search::{Space, search};
 use crate::{Budget, plan};
 
@@ -82,7 +82,7 @@ fn the_search_finds_what_brute_force_finds_and_its_bound_holds() {
     for seed in 0..60 {
         let instance = small(seed);
         let input = instance.input();
-        let fleet = Fleet::new(&input).unwrap();
+        let fleet = Fleet::new(Task::of(&input)).unwrap();
         let mut fastest = u64::MAX;
         for sketch in all_sketches(&fleet) {
             let Some(found) = sketch.evaluate(&fleet).unwrap() else { continue };

@@ -5,8 +5,14 @@ use hgct_core::plan::{Pipeline, Plan};
 use proptest::prelude::*;
 
 use super::fixture::{Instance, Shape};
+use crate::estimate::measured;
+use crate::instance::Rules;
 use crate::lint::{Severity, lint};
-use crate::{Budget, Error, Planned, Pricing, plan, simulate, simulate_free_communication, simulate_priced};
+use crate::wide::{Effort, find};
+use crate::{
+    Budget, Error, MeasuredInput, Planned, Pricing, executable, plan, simulate, simulate_free_communication,
+    simulate_priced,
+};
 
 /// Plans, and holds the result to everything that must be true of any plan.
 fn planned(instance: &Instance) -> Planned {
@@ -44,6 +50,70 @@ fn four_kinds_are_explained_in_their_golden_text() {
     assert!(planned.explanation.search.finished);
     let text = planned.explanation.to_string();
     assert_eq!(text, include_str!("../../tests/golden/four_kinds.explanation.txt"));
+}
+
+/// More devices than are searched to the end.
+#[test]
+fn many_devices_are_planned_for_as_a_layout_and_executed() {
+    let shape = Shape {
+        slowness: (0..16).map(|at| 1000 + 500 * (at / 8)).collect(),
+        kinds: (0..16).map(|at| at / 8).collect(),
+        global_batch: 128,
+        ..Shape::four_kinds()
+    };
+    let mut instance = shape.build();
+    let many = planned(&instance);
+    assert_eq!(many, plan(&instance.input(), &Budget::default()).unwrap());
+    // Both kinds do better than either alone, and their speeds allow no more than this.
+    let alone = many.explanation.rejected.iter().filter_map(|row| row.step_ns);
+    assert_eq!(alone.clone().count(), 2);
+    assert!(alone.min().unwrap() as f64 > 1.3 * many.explanation.step_ns as f64);
+    assert!(many.explanation.bound_ns as f64 > 0.75 * many.explanation.step_ns as f64);
+    let ids: Vec<_> = instance.cluster.devices().map(|(_, d)| d.id.clone()).collect();
+    instance.job.policy.devices = ids[..14].to_vec();
+    assert!(planned(&instance).plan.ranks.iter().all(|rank| ids[..14].contains(&rank.device)));
+    instance.job.policy.shape = PlanShape::Pipeline;
+    let error = plan(&instance.input(), &Budget::default()).unwrap_err().to_string();
+    assert!(error.contains("policy.shape"), "{error}");
+    let huge = Shape { slowness: vec![1000; 256], kinds: vec![0; 256], ..Shape::four_kinds() };
+    let error = plan(&huge.build().input(), &Budget::default()).unwrap_err().to_string();
+    assert!(error.contains("256 devices are more"), "{error}");
+}
+
+/// The layout of the search over pools, as a plan, beside the optimum of the search over devices.
+#[test]
+fn a_layout_of_measured_devices_is_a_plan_that_is_priced_alike() {
+    for (seed, kinds) in
+        [(1, vec![0, 1, 2, 3]), (2, vec![0, 0, 1, 1]), (3, vec![0, 1, 1, 1]), (4, vec![0; 3])]
+    {
+        let slowness = kinds.iter().map(|kind| 1000 + 400 * u64::from(*kind)).collect();
+        let documents = Shape { slowness, kinds, seed, ..Shape::four_kinds() }.build();
+        let Instance { model, cluster, profile, .. } = &documents;
+        let instance = measured(cluster, profile, model, 64, Rules::executable()).unwrap();
+        let found = find(&instance, None, &Effort::default()).unwrap();
+        let (layout, priced) = found.best.unwrap();
+        let input = MeasuredInput { model, cluster, profile };
+        let executed = executable(&input, &instance, &layout).unwrap();
+        check(&documents, &executed);
+        let step_s = executed.explanation.step_ns as f64 / 1e9;
+        assert!(
+            (priced.iteration_s / step_s - 1.0).abs() < 0.12,
+            "seed {seed}: {} {step_s}",
+            priced.iteration_s
+        );
+        let best = planned(&documents).explanation.step_ns as f64 / 1e9;
+        assert!(best <= step_s && step_s < 1.1 * best, "seed {seed}: {step_s}, the best is {best}");
+        for (key, value) in [("tensor_parallel", 2), ("replicas", 2)] {
+            let mut parallel = layout.clone();
+            let stage = &mut parallel.templates[0].stages[0];
+            if key == "replicas" {
+                stage.replicas = value;
+            } else {
+                stage.tensor_parallel = value;
+            }
+            assert!(executable(&input, &instance, &parallel).is_err(), "{key}");
+        }
+    }
 }
 
 #[test]

@@ -49,11 +49,6 @@ impl Row {
     pub fn peak_error(&self) -> Option<f64> {
         Some(self.predicted.peak_bytes? / self.measured_peak_bytes? - 1.0)
     }
-
-    /// Published peak over measured, less one.
-    pub fn published_peak_error(&self) -> Option<f64> {
-        Some(self.published?.1 / self.measured_peak_bytes? - 1.0)
-    }
 }
 
 /// Errors of the rows of one set.

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::instance::{Fault, Instance, Layout, Priced, Stage, Template, assign, check, price};
+use crate::instance::{Fault, Group, Instance, Layout, Priced, Stage, Template, assign, check, price};
 
 use super::form::{Form, Placed};
+use super::moves::Held;
 use super::settle::{Crew, settle};
 use super::table::Table;
 use super::{Effort, find};
@@ -19,13 +20,16 @@ pub struct Way {
     pub name: String,
     /// The layout; pools and nodes are those of [`Replan::instance`].
     pub layout: Layout,
+    /// Its devices: pipelines that stay keep theirs.
+    pub groups: Vec<Group>,
     /// Its price.
     pub priced: Priced,
     /// Pipelines whose devices and layers stay as they are.
     pub kept_pipelines: u64,
-    /// State that devices must receive.
+    /// State that devices must receive: layers that they do not hold yet, and optimizer state that
+    /// fewer holders divide among them.
     pub moved_bytes: f64,
-    /// Seconds that this takes, all new stages at once, each over its node's link.
+    /// Seconds that this takes, all nodes at once, each over its link.
     pub moved_s: f64,
     /// `moved_s` and the steps that were asked for.
     pub total_s: f64,
@@ -42,17 +46,19 @@ pub struct Replan {
     pub before_s: f64,
 }
 
-/// Replans a layout after `lost` nodes (pool, node of the pool as [`assign`] counts them), to be used
-/// for `steps` steps. The fewer, the less it is worth to move.
+/// Replans a layout after `lost` nodes (pool, node of the pool), to be used for `steps` steps. The fewer,
+/// the less it is worth to move. `groups` are the parent's devices; without them those of [`assign`].
+/// Without a loss the parent is the answer.
 pub fn replan(
     instance: &Instance,
     parent: &Layout,
+    groups: Option<&[Group]>,
     lost: &[(usize, u32)],
     steps: u64,
     effort: &Effort<'_>,
 ) -> std::result::Result<Replan, Vec<Fault>> {
     let faults = check(instance, parent);
-    let groups = assign(instance, parent).unwrap_or_default();
+    let groups = groups.map_or_else(|| assign(instance, parent).unwrap_or_default(), <[Group]>::to_vec);
     let lost: BTreeSet<(usize, u32)> = lost.iter().copied().collect();
     if !faults.is_empty() {
         return Err(faults);
@@ -76,16 +82,29 @@ pub fn replan(
         template.count -= hit.iter().filter(|(t, _)| *t == at).count() as u32;
     }
     kept.templates.retain(|t| t.count > 0);
+    let held = Held::new(instance, parent, &groups, &lost);
     let mut ways = Vec::new();
     let mut offer = |name: &str, layout: Layout| {
         if !check(&left, &layout).is_empty() {
             return;
         }
+        let Some(moves) = held.place(&left, &layout) else { return };
         let priced = price(&left, &layout);
-        let (kept_pipelines, moved_bytes, moved_s) = moved(&left, &kept, &layout);
-        let total_s = moved_s + steps as f64 * priced.iteration_s;
-        ways.push(Way { name: name.into(), layout, priced, kept_pipelines, moved_bytes, moved_s, total_s });
+        ways.push(Way {
+            name: name.into(),
+            total_s: moves.seconds + steps as f64 * priced.iteration_s,
+            groups: moves.groups,
+            kept_pipelines: moves.kept_pipelines,
+            moved_bytes: moves.bytes,
+            moved_s: moves.seconds,
+            layout,
+            priced,
+        });
     };
+    if lost.is_empty() {
+        offer("keep", parent.clone());
+        return Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left });
+    }
     let table = Table::new(&left, |_, _| true);
     let survivors = crew_of(&table, &kept);
     if let Some(settled) = settle(&table, &survivors) {
@@ -101,7 +120,7 @@ pub fn replan(
     if let Some((layout, _)) = find(&left, None, effort)?.best {
         offer("anew", layout);
     }
-    ways.sort_by(|a, b| a.total_s.total_cmp(&b.total_s));
+    ways.sort_by(|a, b| a.total_s.total_cmp(&b.total_s).then(a.moved_bytes.total_cmp(&b.moved_bytes)));
     Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left })
 }
 
@@ -151,39 +170,4 @@ fn crew_of(table: &Table<'_>, layout: &Layout) -> Crew {
         }
     }
     crew
-}
-
-/// Pipelines that stay, bytes that the others must receive, and seconds for it.
-fn moved(instance: &Instance, kept: &Layout, layout: &Layout) -> (u64, f64, f64) {
-    let mut stay: Vec<(&[Stage], u32)> = kept.templates.iter().map(|t| (&t.stages[..], t.count)).collect();
-    let classes = instance.layer_classes();
-    let owners = layout.num_pipelines() as f64;
-    let (mut kept_pipelines, mut bytes, mut seconds) = (0u64, 0.0, 0.0f64);
-    for template in &layout.templates {
-        let mut new = template.count;
-        for (_, count) in stay.iter_mut().filter(|(stages, _)| *stages == template.stages) {
-            let same = new.min(*count);
-            *count -= same;
-            new -= same;
-            kept_pipelines += u64::from(same);
-        }
-        for stage in template.stages.iter().filter(|_| new > 0) {
-            let Some(degree) = instance.degree_index(stage.tensor_parallel) else { continue };
-            let layers = &classes[stage.first_layer as usize..stage.end_layer as usize];
-            let each: f64 = layers
-                .iter()
-                .map(|class| {
-                    let memory = &instance.classes[*class].memory[degree];
-                    let shards = if layout.shard_optimizer { owners } else { 1.0 };
-                    memory.state_bytes + memory.optimizer_bytes / shards
-                })
-                .sum();
-            let devices = stage.num_devices() as u32;
-            let whole = each * f64::from(devices);
-            bytes += whole * f64::from(new);
-            let devices = devices.min(instance.pools[stage.pool].devices_per_node);
-            seconds = seconds.max(instance.inter[stage.pool][stage.pool].seconds(devices, devices, whole));
-        }
-    }
-    (kept_pipelines, bytes, seconds)
 }

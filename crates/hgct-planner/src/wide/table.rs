@@ -291,10 +291,6 @@ impl<'a> Table<'a> {
                 gradient *= 2.0;
             }
         }
-        let times = match schedule {
-            Schedule::Interleaved(v) => f64::from(v.max(1)),
-            _ => 1.0,
-        };
-        (activation + gradient) * times
+        (activation + gradient) * schedule.transfers()
     }
 }

@@ -6,3 +6,4 @@ mod brute;
 mod cases;
 mod properties;
 mod replanning;
+mod shadow;

@@ -11,15 +11,17 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
+use hgct_core::plan::Plan;
 use hgct_planner::answer::{Answer, Basis, Expected, Why, compare, limited_by, shortage, why};
-use hgct_planner::instance::{Instance, lost_nodes, price};
+use hgct_planner::instance::{Instance, Layout, Priced, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
+use hgct_planner::{Planned, executable};
 use serde_json::{Value, json};
 
 use crate::commands::{self, PlanArgs};
 use crate::train::{AgentArgs, DeviceArgs};
 use crate::workspace::{Workspace, write_atomically};
-use problem::Problem;
+use problem::{Documents, Problem};
 
 /// Arguments that only `--model` takes account of. What a call would pass over in silence is refused.
 const OF_DOCUMENTS: [&str; 10] = [
@@ -115,6 +117,9 @@ pub(crate) struct Large {
     /// Search for what was rejected and what more devices, memory and bandwidth would bring, too
     #[arg(long, requires = "model")]
     explain: bool,
+    /// Force tensor parallelism over nodes of two unlike kinds in pairs, and say what that costs
+    #[arg(long, value_name = "KIND+KIND", requires = "model", conflicts_with = "profile")]
+    mixed_tensor_parallel: Option<String>,
     /// Folder of accelerator files beside or in place of the built-in ones
     #[arg(long, value_name = "DIR", requires = "model")]
     accelerators: Option<PathBuf>,
@@ -155,16 +160,28 @@ pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
 }
 
 fn from_documents(args: &Args, model: &Path) -> Result<u8> {
-    let problem = match (&args.large.tables, &args.large.table_devices, &args.devices.cluster) {
+    let mut problem = match (&args.large.tables, &args.large.table_devices, &args.devices.cluster) {
         (Some(dir), Some(devices), _) => Problem::from_tables(&args.large, dir, devices, model)?,
         (_, _, Some(cluster)) => Problem::read(&args.large, cluster, model, args.profile.as_deref())?,
         _ => bail!("--model needs --cluster, or --tables with --devices"),
+    };
+    let free = match &args.large.mixed_tensor_parallel {
+        Some(kinds) => {
+            let free = search::quick(&problem.instance);
+            problem.mix(kinds)?;
+            free
+        }
+        None => None,
     };
     let started = Instant::now();
     let found = search::search(&problem.instance, args.large.time_limit)?;
     let search_seconds = started.elapsed().as_secs_f64();
     let alone = alone(&problem.instance, &found);
-    let Some((layout, priced)) = found.best else {
+    let (best, plan) = match &problem.measured {
+        Some(documents) => as_executed(documents, &problem.instance, &found)?,
+        None => (found.best, None),
+    };
+    let Some((layout, priced)) = best else {
         bail!("{}", fits_nowhere(&problem.instance, found.finished));
     };
     let seconds = |instance: &Instance| price(instance, &layout).iteration_s;
@@ -177,6 +194,7 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         peaks: problem.peaks,
         confidence: problem.confidence,
         layout,
+        groups: None,
         instance: problem.instance,
         prediction: Expected {
             iteration_s: priced.iteration_s,
@@ -187,11 +205,62 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
             limited_by: found.limited_by,
             finished: found.finished,
         },
+        plan,
     };
+    let forced = args.large.mixed_tensor_parallel.as_ref().map(|kinds| forced(kinds, &answer, free));
     let mut again = |changed: &Instance| search::quick(changed);
     let why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
     let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };
-    print(args, &answer, &why, search_seconds, None, hint)
+    print(args, &answer, &why, search_seconds, forced, hint)
+}
+
+/// What tensor parallelism over unlike kinds costs, as text and as data.
+fn forced(kinds: &str, answer: &Answer, free: Option<f64>) -> (String, &'static str, Value) {
+    let own = answer.iterations_per_s();
+    let costs = free.map(|free| 1.0 - own / free);
+    let text = match (free, costs) {
+        (Some(free), Some(costs)) => format!(
+            "Tensor parallelism over {kinds} was forced: {own:.5} iterations a second, {:.1} % less than the \
+             {free:.5} without\n",
+            100.0 * costs
+        ),
+        _ => format!(
+            "Tensor parallelism over {kinds} was forced: {own:.5} iterations a second; without it no plan was found\n"
+        ),
+    };
+    let data = json!({
+        "kinds": kinds,
+        "iterations_per_second": own,
+        "iterations_per_second_without": free,
+        "cost": costs,
+    });
+    (text, "forced", data)
+}
+
+/// A layout with its price, and as a plan.
+type Executed = (Option<(Layout, Priced)>, Option<Box<Plan>>);
+
+/// The layout of those found that is the fastest as workers run it, with its plan. Where none of them
+/// fits into what workers need beside the model, the first says why.
+fn as_executed(documents: &Documents, instance: &Instance, found: &Found) -> Result<Executed> {
+    let alone = found.alternatives.iter().filter_map(|row| row.best.as_ref());
+    let mut best: Option<(u64, (Layout, Priced), Plan)> = None;
+    let mut refused = None;
+    for candidate in found.best.iter().chain(alone) {
+        match executable(&documents.input(), instance, &candidate.0) {
+            Ok(Planned { plan, explanation, .. }) => {
+                if best.as_ref().is_none_or(|(step_ns, ..)| explanation.step_ns < *step_ns) {
+                    best = Some((explanation.step_ns, candidate.clone(), plan));
+                }
+            }
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    match (best, refused) {
+        (Some((_, candidate, plan)), _) => Ok((Some(candidate), Some(Box::new(plan)))),
+        (None, Some(error)) => Err(error.into()),
+        (None, None) => Ok((None, None)),
+    }
 }
 
 /// Iterations a second of each pool alone, where the search tried all of them.
@@ -208,7 +277,14 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
     let parent = read_answer(parent)?;
     let lost: Vec<_> = lost_nodes(&parent.instance, &args.lose)?.into_iter().collect();
     let started = Instant::now();
-    let found = replan(&parent.instance, &parent.layout, &lost, args.steps, &Effort::default());
+    let found = replan(
+        &parent.instance,
+        &parent.layout,
+        parent.groups.as_deref(),
+        &lost,
+        args.steps,
+        &Effort::default(),
+    );
     let found = found.map_err(|faults| search::unsound(&faults))?;
     let search_seconds = started.elapsed().as_secs_f64();
     let Some(best) = found.ways.first() else {
@@ -220,6 +296,7 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
     let answer = Answer {
         parent: Some(Hash::of(&parent)),
         layout: best.layout.clone(),
+        groups: Some(best.groups.clone()),
         instance: found.instance,
         prediction: Expected {
             iteration_s: best.priced.iteration_s,
@@ -230,13 +307,15 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
             limited_by: limited_by(&best.priced).to_owned(),
             finished: true,
         },
+        // Its ranks and owners are of the devices before the loss.
+        plan: None,
         ..parent
     };
     let mut text = format!("Without {}: it was {:.3} s a step\n", args.lose.join(", "), found.before_s);
     let ways: Vec<Value> = found.ways.iter().map(|way| told(way, &mut text)).collect();
     let ways =
         json!({ "lost": args.lose, "before_seconds": found.before_s, "steps": args.steps, "ways": ways });
-    print(args, &answer, &why(&answer, &[], None), search_seconds, Some((text, ways)), "")
+    print(args, &answer, &why(&answer, &[], None), search_seconds, Some((text, "replanned", ways)), "")
 }
 
 /// A way to go on, as a line and as data.
@@ -261,13 +340,14 @@ fn told(way: &Way, text: &mut String) -> Value {
     })
 }
 
-/// Writes the plan to its file and prints it; `ways` stand before it.
+/// Writes the plan to its file and prints it; what more there is to say stands before it, or under a
+/// key of its own.
 fn print(
     args: &Args,
     answer: &Answer,
     why: &Why,
     search_seconds: f64,
-    ways: Option<(String, Value)>,
+    more: Option<(String, &'static str, Value)>,
     hint: &str,
 ) -> Result<u8> {
     if let Some(path) = &args.output {
@@ -275,13 +355,13 @@ fn print(
     }
     let text = if args.json {
         let mut document = document(answer, why, search_seconds);
-        if let Some((_, ways)) = ways {
-            document["replanned"] = ways;
+        if let Some((_, key, data)) = more {
+            document[key] = data;
         }
         canonical::encode(&document)
     } else {
-        let ways = ways.map_or_else(String::new, |(text, _)| format!("{text}\n"));
-        format!("{ways}{}{hint}Searched for {search_seconds:.2} s.\n", answer.tell(why))
+        let more = more.map_or_else(String::new, |(text, ..)| format!("{text}\n"));
+        format!("{more}{}{hint}Searched for {search_seconds:.2} s.\n", answer.tell(why))
     };
     std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the plan")?;
     Ok(0)
@@ -290,6 +370,8 @@ fn print(
 /// What `--json` prints.
 fn document(answer: &Answer, why: &Why, search_seconds: f64) -> Value {
     let prediction = &answer.prediction;
+    let executed = answer.plan.as_ref().and_then(|plan| plan.prediction.as_ref());
+    let executed = executed.map(|prediction| prediction.step_ns as f64 / 1e9);
     json!({
         "iterations_per_second": answer.iterations_per_s(),
         "iteration_seconds": prediction.iteration_s,
@@ -303,6 +385,7 @@ fn document(answer: &Answer, why: &Why, search_seconds: f64) -> Value {
         "mfu": answer.mfu(),
         "basis": answer.basis,
         "measure_first": answer.basis == Basis::Estimate,
+        "executed_seconds": executed,
         "rows": answer.rows(),
         "why": why,
         "plan": answer,

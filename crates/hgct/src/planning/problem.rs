@@ -11,8 +11,9 @@ use hgct_core::dtype::DType;
 use hgct_core::model::ModelSpec;
 use hgct_core::profile::Profile;
 use hgct_core::topology::{ResolvedGroup, Topology};
+use hgct_planner::MeasuredInput;
 use hgct_planner::answer::{Basis, ModelFacts, check_batch};
-use hgct_planner::estimate::{Case, Precision, Workload, estimate, measured};
+use hgct_planner::estimate::{Case, Precision, Workload, estimate, measured, mixed};
 use hgct_planner::instance::{Instance, Rules};
 
 use super::Large;
@@ -30,6 +31,21 @@ pub(super) struct Problem {
     pub(super) model: ModelFacts,
     pub(super) peaks: Vec<f64>,
     pub(super) confidence: Vec<Confidence>,
+    /// What it was made from, where devices were measured.
+    pub(super) measured: Option<Documents>,
+}
+
+/// What is known of devices that were measured.
+pub(super) struct Documents {
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    profile: Profile,
+}
+
+impl Documents {
+    pub(super) fn input(&self) -> MeasuredInput<'_> {
+        MeasuredInput { model: &self.model, cluster: &self.cluster, profile: &self.profile }
+    }
 }
 
 impl Problem {
@@ -48,7 +64,7 @@ impl Problem {
                 let model = ModelSpec::from_config_json(&file, &text)?;
                 let cluster = ClusterSpec::from_toml(&cluster_file, &cluster_text)?;
                 let profile: Profile = canonical::decode(&profile.to_string_lossy(), &read(profile)?)?;
-                from_profile(&architecture, &model, &cluster, &profile, global_batch)?
+                from_profile(&architecture, Documents { model, cluster, profile }, global_batch)?
             }
             (false, None) => {
                 let topology = Topology::from_toml(&cluster_file, &cluster_text)?;
@@ -66,6 +82,32 @@ impl Problem {
         problem.keep_sizes(&args.micro_batches)?;
         check_batch(&problem.instance)?;
         Ok(problem)
+    }
+
+    /// Takes the nodes of two kinds, `A+B`, together in pairs: [`mixed`].
+    pub(super) fn mix(&mut self, kinds: &str) -> Result<()> {
+        let pools = &self.instance.pools;
+        let known: Vec<String> = pools.iter().map(|pool| pool.kind.clone()).collect();
+        let find = |kind: &str| known.iter().position(|known| known == kind);
+        let pair = kinds.split_once('+').and_then(|(a, b)| Some((find(a)?, find(b)?)));
+        let mix = |instance: &Instance| pair.and_then(|(a, b)| mixed(instance, a, b));
+        let Some(instance) = mix(&self.instance) else {
+            bail!(
+                "--mixed-tensor-parallel is {kinds}, but must be two unlike kinds with a degree in common: A+B of \
+                 {}",
+                known.join(", ")
+            );
+        };
+        self.instance = instance;
+        (self.slow, self.fast) = (self.slow.as_ref().and_then(mix), self.fast.as_ref().and_then(mix));
+        if let Some((a, b)) = pair {
+            if let (Some(peak_a), Some(peak_b)) = (self.peaks.get(a), self.peaks.get(b)) {
+                self.peaks.push(f64::midpoint(*peak_a, *peak_b));
+            }
+            let worse = self.confidence.get(a).zip(self.confidence.get(b)).map(|(a, b)| *a.min(b));
+            self.confidence.extend(worse);
+        }
+        Ok(())
     }
 
     /// Leaves only micro-batches of these sizes.
@@ -118,26 +160,21 @@ fn from_catalogue(
         model: ModelFacts::new(architecture, seq_len),
         peaks: groups.iter().map(peak).collect(),
         confidence: groups.iter().map(|group| group.confidence).collect(),
+        measured: None,
     })
 }
 
-fn from_profile(
-    architecture: &Architecture,
-    model: &ModelSpec,
-    cluster: &ClusterSpec,
-    profile: &Profile,
-    global_batch: u32,
-) -> Result<Problem> {
-    // What hgct train does today: no recompute of the planner's choosing, 1F1B.
-    let rules = Rules { recompute: false, schedules: Vec::new(), ..Rules::hierarchical() };
+fn from_profile(architecture: &Architecture, documents: Documents, global_batch: u32) -> Result<Problem> {
+    let Documents { model, cluster, profile } = &documents;
     Ok(Problem {
-        instance: measured(cluster, profile, model, global_batch, rules)?,
+        instance: measured(cluster, profile, model, global_batch, Rules::executable())?,
         slow: None,
         fast: None,
         basis: Basis::Profile,
         model: ModelFacts::new(architecture, profile.seq_len),
         peaks: Vec::new(),
         confidence: Vec::new(),
+        measured: Some(documents),
     })
 }
 

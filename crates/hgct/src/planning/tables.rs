@@ -30,6 +30,7 @@ impl Problem {
             },
             peaks: Vec::new(),
             confidence: Vec::new(),
+            measured: None,
         };
         problem.keep_sizes(&args.micro_batches)?;
         check_batch(&problem.instance)?;

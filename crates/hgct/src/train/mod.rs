@@ -501,9 +501,7 @@ pub(crate) fn make_plan(
 
 /// A plan that a person gave, if it fits the job.
 fn given_plan(path: &Path, loaded: &LoadedJob) -> Result<Chosen> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let plan = Plan::from_json(&path.to_string_lossy(), &text)
-        .with_context(|| format!("{} is no plan of `hgct plan job.toml`", path.display()))?;
+    let plan = crate::layouts::read_plan(path, loaded)?;
     let fail = |what: &str| {
         Err(anyhow!(hgct_core::Error::Value {
             file: path.to_string_lossy().into_owned(),

@@ -5,6 +5,7 @@
 mod bad_input;
 mod ends;
 mod hosts;
+mod measured;
 mod planning;
 mod safety;
 mod support;
