@@ -1,12 +1,14 @@
 //! Exchange and update after the backwards, and the whole as a timeline.
 
+use std::ops::Range;
+
 use hgct_core::ids::{DeviceId, Rank};
 use hgct_core::plan::StageId;
 use hgct_core::schedule::{Action, Operation};
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
 
 use super::order::OpKind;
-use super::place::Places;
+use super::place::{Places, Unit};
 use super::run::{Computed, Machine};
 use super::{Simulated, ns};
 use crate::instance::{Group, Instance, Layout, Schedule, exchange_groups};
@@ -16,6 +18,15 @@ use crate::instance::{Group, Instance, Layout, Schedule, exchange_groups};
 struct Tail {
     reduces: Vec<(u64, u64)>,
     update: (u64, u64),
+}
+
+/// Layers whose gradients travel together.
+struct Exchange {
+    /// Units that hold them.
+    holders: Vec<usize>,
+    /// When all holders are ready and free.
+    start: u64,
+    length: u64,
 }
 
 /// Adds exchange and update to what the machine has run.
@@ -33,43 +44,51 @@ pub(super) fn finish(
     let mut tails = vec![Tail::default(); places.units.len()];
     let overlap = instance.rules.exchange_overlap;
     // As `price` sees it: without overlap nobody begins before all are done.
-    let mut exchange_ns = 0;
-    let mut groups = exchange_groups(instance, layout);
-    groups.retain(|(_, seconds)| *seconds > 0.0);
+    let ready = |unit: usize, layers: &Range<u32>| {
+        if overlap <= 0.0 {
+            return pipeline_ns;
+        }
+        let of = &places.units[unit];
+        let template = &layout.templates[of.template];
+        let stage = &template.stages[of.stage];
+        let left = f64::from(layers.start - stage.first_layer) / f64::from(stage.num_layers());
+        // Virtual stages and divided backwards finish their layers in another order.
+        let left = if template.schedule == Schedule::OneForwardOneBackward { left } else { 0.0 };
+        let last = computed[unit].iter().rfind(|span| span.op.kind == OpKind::Backward);
+        let length = last.map_or(0, |span| span.end_ns - span.start_ns);
+        let early = (length as f64 * left * overlap).floor() as u64;
+        ends[unit] - early.min(ends[unit])
+    };
+    let holds = |unit: &Unit, layers: &Range<u32>| {
+        let stage = &layout.templates[unit.template].stages[unit.stage];
+        (stage.first_layer..stage.end_layer).contains(&layers.start)
+    };
+    // Last layers first, as backwards end.
+    let mut waiting: Vec<Exchange> = exchange_groups(instance, layout)
+        .into_iter()
+        .rev()
+        .filter(|(_, seconds)| *seconds > 0.0)
+        .map(|(layers, seconds)| {
+            let holders: Vec<usize> =
+                (0..places.units.len()).filter(|unit| holds(&places.units[*unit], &layers)).collect();
+            let start = holders.iter().map(|unit| ready(*unit, &layers)).max().unwrap_or(0);
+            Exchange { holders, start, length: ns(seconds) }
+        })
+        .collect();
+    let exchange_ns: u64 = waiting.iter().map(|group| group.length).sum();
+    // Whichever can begin first does: groups that share no device exchange at the same time.
     let mut exchanging = vec![0u64; places.units.len()];
-    for (layers, seconds) in groups.iter().rev() {
-        let holders: Vec<usize> = (0..places.units.len())
-            .filter(|unit| {
-                let unit = &places.units[*unit];
-                let stage = &layout.templates[unit.template].stages[unit.stage];
-                (stage.first_layer..stage.end_layer).contains(&layers.start)
-            })
-            .collect();
-        let start = holders
-            .iter()
-            .map(|unit| {
-                if overlap <= 0.0 {
-                    return pipeline_ns.max(exchanging[*unit]);
-                }
-                let of = &places.units[*unit];
-                let template = &layout.templates[of.template];
-                let stage = &template.stages[of.stage];
-                let left = f64::from(layers.start - stage.first_layer) / f64::from(stage.num_layers());
-                // Virtual stages and divided backwards finish their layers in another order.
-                let left = if template.schedule == Schedule::OneForwardOneBackward { left } else { 0.0 };
-                let last = computed[*unit].iter().rfind(|span| span.op.kind == OpKind::Backward);
-                let length = last.map_or(0, |span| span.end_ns - span.start_ns);
-                let early = (length as f64 * left * overlap).floor() as u64;
-                (ends[*unit] - early.min(ends[*unit])).max(exchanging[*unit])
-            })
-            .max()
-            .unwrap_or(0);
-        let end = start + ns(*seconds);
-        exchange_ns += ns(*seconds);
-        for unit in holders {
-            exchanging[unit] = end;
-            free[unit] = free[unit].max(end);
-            tails[unit].reduces.push((start, end));
+    while let Some(next) = (0..waiting.len()).min_by_key(|at| waiting[*at].start) {
+        let Exchange { holders, start, length } = waiting.remove(next);
+        let end = start + length;
+        for unit in &holders {
+            exchanging[*unit] = end;
+            free[*unit] = free[*unit].max(end);
+            tails[*unit].reduces.push((start, end));
+        }
+        for group in &mut waiting {
+            let busy = group.holders.iter().map(|unit| exchanging[*unit]).max().unwrap_or(0);
+            group.start = group.start.max(busy);
         }
     }
     let mut update_ns = 0;
