@@ -58,9 +58,9 @@ impl BelowSum {
         let proof = if proven { ", and the bound proves that no plan of these devices does" } else { "" };
         Some(Self {
             reason: format!(
-                "they do not reach 95 % of it{proof}; most is lost to {}: {seconds:.3} s of a step of {:.3} s",
-                in_words(answer, limit),
-                priced.iteration_s
+                "they do not reach 95 % of it{proof}: {seconds:.3} s of a step of {:.3} s go to {}",
+                priced.iteration_s,
+                in_words(answer, limit)
             ),
             limit: limit.to_owned(),
             sum_s,
@@ -81,11 +81,7 @@ fn again(answer: &Answer, template: usize, priced: &PricedTemplate) -> f64 {
 
 fn in_words(answer: &Answer, limit: &str) -> String {
     match limit {
-        "fill" => {
-            "filling and draining pipelines, which takes as long however few samples are left for each: \
-                   more samples a step would make it less"
-                .into()
-        }
+        "fill" => "filling and draining pipelines, however few samples are left for each".into(),
         "exchange" => format!("exchanging gradients{}", slowest_link(answer).unwrap_or_default()),
         "transfer" => format!("handing activations on{}", slowest_link(answer).unwrap_or_default()),
         "update" => "the optimizer's update".into(),

@@ -158,7 +158,8 @@ impl Told<'_> {
         let instance = &self.answer.instance;
         let used = self.answer.layout.devices_used(instance.pools.len());
         let mut rows = vec![cells(["kind", "", "used", "of", "figures"])];
-        for (index, (pool, used)) in instance.pools.iter().zip(used).enumerate() {
+        let pools = instance.pools.iter().zip(used).enumerate();
+        for (index, (pool, used)) in pools.filter(|(_, (pool, _))| pool.nodes > 0) {
             let figures = match self.answer.confidence.get(index) {
                 Some(Confidence::Vendor) => "the vendor's",
                 Some(Confidence::Reported) => "reported",

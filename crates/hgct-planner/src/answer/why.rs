@@ -66,7 +66,8 @@ pub fn why(answer: &Answer, alone: &[Option<f64>], search: Option<Search<'_>>) -
         why.shadow_prices = shadow_prices(answer, own, search);
     } else {
         let pools = answer.instance.pools.iter().zip(&answer.prediction.prices);
-        why.shadow_prices = pools
+        let there = pools.filter(|(pool, _)| pool.nodes > 0);
+        why.shadow_prices = there
             .map(|(pool, part)| Shadow {
                 name: format!("one more device of {} (of the bound)", pool.kind),
                 gain: part * own,
