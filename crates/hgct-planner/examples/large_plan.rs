@@ -6,13 +6,17 @@
 //! cargo run --release -p hgct-planner --example large_plan -- 256      # … 256 samples a step
 //! cargo run --release -p hgct-planner --example large_plan -- ten      # 10,000 cards of six kinds
 //! cargo run --release -p hgct-planner --example large_plan -- curve    # seconds by cards
+//! cargo run --release -p hgct-planner --example large_plan -- curve benchmarks/planner-2026-11-24
 //! ```
+//!
+//! The last one writes what it measured as `….csv`, and a picture of it as `….svg`.
 //!
 //! Cards are described by an effective rate, memory and a link inside a node; figures are round
 //! numbers near those of the cards they are named after, not measurements.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "an example")]
 
+use std::fmt::Write as _;
 use std::time::Instant;
 
 use hgct_planner::instance::{CostRow, Curve, Instance, LayerClass, LayerMemory, Link, Pool, Rules, Run};
@@ -172,6 +176,133 @@ fn layout(instance: &Instance, found: &Found) {
     }
 }
 
+/// What was measured of one size.
+struct Row {
+    cards: u64,
+    samples: u32,
+    layers: u32,
+    seconds: f64,
+    step_s: f64,
+    bound_s: f64,
+    gap: f64,
+    peak_bytes: f64,
+}
+
+/// The search over `8 << power` cards; small clusters train small models.
+fn of_size(power: u32) -> Row {
+    let model = match 8u32 << power {
+        ..=64 => Model { hidden: 4096.0, layers: 32, ..LARGE },
+        65..=256 => Model { hidden: 8192.0, layers: 64, ..LARGE },
+        _ => LARGE,
+    };
+    let kinds = if power == 1 { &KINDS[..2] } else { &KINDS[..4] };
+    let instance = synthetic(kinds, (1 << power) / kinds.len() as u32, (8 << power).max(256), &model);
+    let started = Instant::now();
+    let found = show("curve", &instance);
+    Row {
+        cards: instance.num_devices(),
+        samples: instance.global_batch,
+        layers: instance.num_layers(),
+        seconds: started.elapsed().as_secs_f64(),
+        step_s: found.best.as_ref().map_or(f64::NAN, |(_, priced)| priced.iteration_s),
+        bound_s: found.proven_s,
+        gap: found.gap.unwrap_or(1.0),
+        peak_bytes: peak_bytes(),
+    }
+}
+
+/// The largest resident set of this process so far, where the system tells.
+fn peak_bytes() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+    kib.unwrap_or(f64::NAN) * 1024.0
+}
+
+/// Processor and cores of this machine, where the system tells.
+fn machine() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find(|line| line.starts_with("model name"));
+    let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown processor");
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    format!("{model}, {cores} cores")
+}
+
+fn csv(rows: &[Row]) -> String {
+    let mut text = format!(
+        "# Search for a plan by cards, one thread, on: {}\n\
+         cards,samples,layers,search_s,step_s,bound_s,gap,peak_bytes\n",
+        machine()
+    );
+    for row in rows {
+        let _ = writeln!(
+            text,
+            "{},{},{},{:.3},{:.4},{:.4},{:.4},{:.0}",
+            row.cards, row.samples, row.layers, row.seconds, row.step_s, row.bound_s, row.gap, row.peak_bytes
+        );
+    }
+    text
+}
+
+/// Seconds over cards, both axes by powers: a line a decade of seconds, a tick a doubling of cards.
+fn svg(rows: &[Row]) -> String {
+    let (width, height, margin) = (640.0, 400.0, 60.0);
+    let logs = |of: fn(&Row) -> f64| rows.iter().map(move |row| of(row).log10());
+    let (left, right) = (logs(|r| r.cards as f64), logs(|r| r.cards as f64));
+    let (left, right) = (left.fold(f64::INFINITY, f64::min), right.fold(0.0, f64::max));
+    let (low, high) = (logs(|r| r.seconds), logs(|r| r.seconds));
+    let (low, high) =
+        (low.fold(f64::INFINITY, f64::min).floor(), high.fold(f64::NEG_INFINITY, f64::max).ceil());
+    let x = |cards: f64| margin + (cards.log10() - left) / (right - left) * (width - 2.0 * margin);
+    let y = |seconds: f64| height - margin - (seconds.log10() - low) / (high - low) * (height - 2.0 * margin);
+    let mut text = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" \
+         font-size=\"12\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>\n\
+         <text x=\"{margin}\" y=\"24\" font-size=\"14\">Seconds of a search by cards</text>\n\
+         <text x=\"{margin}\" y=\"42\" fill=\"#555\">{}</text>\n",
+        machine()
+    );
+    for decade in low as i32..=high as i32 {
+        let (seconds, at) = (10f64.powi(decade), y(10f64.powi(decade)));
+        let _ = writeln!(
+            text,
+            "<line x1=\"{margin}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\" stroke=\"#ddd\"/>\n\
+             <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{seconds} s</text>",
+            width - margin,
+            margin - 6.0,
+            at + 4.0
+        );
+    }
+    for row in rows {
+        let _ = writeln!(
+            text,
+            "<text x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+            x(row.cards as f64),
+            height - margin + 20.0,
+            row.cards
+        );
+    }
+    let points: Vec<String> =
+        rows.iter().map(|row| format!("{:.1},{:.1}", x(row.cards as f64), y(row.seconds))).collect();
+    let _ = writeln!(
+        text,
+        "<polyline points=\"{}\" fill=\"none\" stroke=\"#1f6feb\" stroke-width=\"2\"/>",
+        points.join(" ")
+    );
+    for row in rows {
+        let _ = writeln!(
+            text,
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"#1f6feb\"><title>{} cards: {:.2} s, gap {:.1} %</title></circle>",
+            x(row.cards as f64),
+            y(row.seconds),
+            row.cards,
+            row.seconds,
+            100.0 * row.gap
+        );
+    }
+    text + "</svg>\n"
+}
+
 fn main() {
     match std::env::args().nth(1).as_deref() {
         Some("ten") => {
@@ -180,16 +311,10 @@ fn main() {
             layout(&instance, &found);
         }
         Some("curve") => {
-            for power in 1..=11u32 {
-                // Small clusters train small models.
-                let model = match 8u32 << power {
-                    ..=64 => Model { hidden: 4096.0, layers: 32, ..LARGE },
-                    65..=256 => Model { hidden: 8192.0, layers: 64, ..LARGE },
-                    _ => LARGE,
-                };
-                let kinds = if power == 1 { &KINDS[..2] } else { &KINDS[..4] };
-                let nodes = (1 << power) / kinds.len() as u32;
-                show("curve", &synthetic(kinds, nodes, (8 << power).max(256), &model));
+            let rows: Vec<Row> = (1..=11).map(of_size).collect();
+            if let Some(name) = std::env::args().nth(2) {
+                std::fs::write(format!("{name}.csv"), csv(&rows)).expect("a folder that can be written");
+                std::fs::write(format!("{name}.svg"), svg(&rows)).expect("a folder that can be written");
             }
         }
         batch => {

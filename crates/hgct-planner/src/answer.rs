@@ -148,6 +148,8 @@ pub struct StageRow {
     pub micro_batch: u32,
     /// Micro-batches a step in each pipeline.
     pub micro_batches: u32,
+    /// Their order: `1f1b`, `zero-bubble`, `interleaved-V`.
+    pub schedule: String,
     /// Whether backward computes activations again.
     pub recompute: bool,
     /// Peak of each device.
@@ -253,6 +255,7 @@ impl Answer {
                     replicas: stage.replicas,
                     micro_batch: of.micro_batch,
                     micro_batches: of.num_micro_batches,
+                    schedule: of.schedule.to_string(),
                     recompute: stage.recompute,
                     memory_bytes: cost.memory_bytes as u64,
                     memory_limit_bytes: pool.memory_bytes as u64,

@@ -114,16 +114,7 @@ pub(crate) fn maximise(objective: &[f64], rows: Vec<(Vec<f64>, f64)>) -> Vec<f64
     let tiny = 1e-13 * scale;
     for _ in 0..10_000 {
         let Some(enter) = (0..width - 1).find(|j| table[num_rows][*j] < -tiny) else { break };
-        let mut leave: Option<(f64, usize, usize)> = None;
-        for i in 0..num_rows {
-            if table[i][enter] > 1e-12 {
-                let ratio = table[i][width - 1] / table[i][enter];
-                if leave.is_none_or(|(least, variable, _)| (ratio, basis[i]) < (least, variable)) {
-                    leave = Some((ratio, basis[i], i));
-                }
-            }
-        }
-        let Some((_, _, at)) = leave else { break };
+        let Some(at) = leaving(&table, &basis, enter, 1e-12) else { break };
         pivot(&mut table, at, enter);
         basis[at] = enter;
     }
@@ -136,7 +127,24 @@ pub(crate) fn maximise(objective: &[f64], rows: Vec<(Vec<f64>, f64)>) -> Vec<f64
     solution
 }
 
-fn pivot(table: &mut [Vec<f64>], at: usize, enter: usize) {
+/// The row whose variable leaves when `enter` enters: the smallest ratio, of equal ones the first
+/// variable. The goal is the row past the last.
+pub(crate) fn leaving(table: &[Vec<f64>], basis: &[usize], enter: usize, tiny: f64) -> Option<usize> {
+    let mut leave: Option<(f64, usize, usize)> = None;
+    for (row, variable) in basis.iter().enumerate() {
+        let line = &table[row];
+        if line[enter] > tiny {
+            let ratio = line[line.len() - 1] / line[enter];
+            if leave.is_none_or(|(least, first, _)| (ratio, *variable) < (least, first)) {
+                leave = Some((ratio, *variable, row));
+            }
+        }
+    }
+    leave.map(|(_, _, row)| row)
+}
+
+/// Makes `enter` the variable of row `at`.
+pub(crate) fn pivot(table: &mut [Vec<f64>], at: usize, enter: usize) {
     let by = table[at][enter];
     for x in &mut table[at] {
         *x /= by;

@@ -322,7 +322,7 @@ impl Rules {
             recompute: true,
             shard_optimizer: true,
             max_replicas: 1,
-            schedules: vec![Schedule::OneForwardOneBackward],
+            schedules: vec![Schedule::OneForwardOneBackward, Schedule::ZeroBubble],
         }
     }
 

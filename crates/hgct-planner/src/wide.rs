@@ -16,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::instance::{Fault, Instance, Layout, Priced, Schedule, check, check_instance, price};
 
 mod bound;
+mod chain;
+mod dual;
+mod even;
 mod exact;
 mod form;
 mod generate;
@@ -28,6 +31,7 @@ mod settle;
 mod table;
 
 pub use bound::Bound;
+use bound::schedules;
 pub use meter::Effort;
 pub(crate) use meter::Meter;
 pub use replan::{Replan, Way, replan};
@@ -74,6 +78,9 @@ const EXACT_DEVICES: u64 = 12;
 /// Nodes that this may take of the effort.
 const EXACT_NODES: u64 = 40_000_000;
 
+/// Nodes that the proof of a gap may take.
+const PROOF_NODES: u64 = 120_000_000;
+
 /// Searches for the fastest layout. `parent` is a layout to be no worse than, if it is sound here.
 pub fn find(
     instance: &Instance,
@@ -84,8 +91,9 @@ pub fn find(
     if !faults.is_empty() {
         return Err(faults);
     }
-    let bound = Bound::new(instance);
-    let mut finder = Finder { instance, bound: &bound, meter: Meter::new(effort), best: None };
+    let mut bound = Bound::new(instance);
+    let first = bound.clone();
+    let mut finder = Finder { instance, bound: &first, meter: Meter::new(effort), best: None };
     if let Some(parent) = parent.filter(|parent| check(instance, parent).is_empty()) {
         finder.best = Some((parent.clone(), price(instance, parent)));
     }
@@ -95,8 +103,14 @@ pub fn find(
     if bound.seconds.is_finite() {
         finished = finder.everything(&mut alternatives, &mut proven).is_some();
     }
-    let nodes = finder.meter.spent();
-    let best = finder.best;
+    let best = finder.best.take();
+    let mut nodes = finder.meter.spent();
+    if let (false, Some((_, priced))) = (proven, &best) {
+        // Not of the search's effort: what was found is worth little without its gap.
+        let mut meter = Meter::new(&Effort { nodes: PROOF_NODES, stop: None });
+        bound.sharpen(instance, priced.iteration_s, &mut meter);
+        nodes += meter.spent();
+    }
     let step = best.as_ref().map(|(_, priced)| priced.iteration_s);
     let proven_s = step
         .filter(|_| proven)
@@ -151,16 +165,10 @@ impl Finder<'_, '_> {
         }
     }
 
-    fn schedules(&self) -> Vec<Schedule> {
-        let mut schedules = vec![Schedule::OneForwardOneBackward];
-        schedules.extend(self.instance.rules.schedules.iter().filter(|s| **s == Schedule::ZeroBubble));
-        schedules
-    }
-
     /// The best layout on some pools, and `None` when out of nodes.
     fn run(&mut self, pools: &[usize], thorough: bool) -> (Option<(Layout, Priced)>, Option<()>) {
         let instance = self.instance;
-        let schedules = self.schedules();
+        let schedules = schedules(instance);
         let limits: Vec<u64> = instance
             .pools
             .iter()
@@ -179,14 +187,14 @@ impl Finder<'_, '_> {
         let bound = self.bound.compute_s / worth.clamp(1e-6, 1.0);
         let mut best: Option<Settled> = None;
         let mut shards: &[f64] = if instance.rules.shard_optimizer { &[16.0, 4.0, 1.0] } else { &[1.0] };
+        let table = Table::new(instance, |pool, degree| {
+            // A degree that does not divide a node wastes devices of it.
+            let of = &instance.pools[pool];
+            pools.contains(&pool) && of.nodes > 0 && of.devices_per_node.is_multiple_of(degree)
+        });
         while let Some((now, rest)) = shards.split_first() {
             shards = rest;
-            let mut table = Table::new(instance, |pool, degree| {
-                // A degree that does not divide a node wastes devices of it.
-                let of = &instance.pools[pool];
-                pools.contains(&pool) && of.nodes > 0 && of.devices_per_node.is_multiple_of(degree)
-            });
-            table.shards = *now;
+            table.shards.set(*now);
             let known = best.as_ref().map(Settled::seconds);
             let start = Start {
                 limits: limits.clone(),
@@ -218,13 +226,13 @@ impl Finder<'_, '_> {
     /// Searches everything; `Some` when nothing is faster than the best.
     fn exact(&mut self) -> Option<()> {
         let instance = self.instance;
-        let mut table = Table::new(instance, |_, _| true);
+        let table = Table::new(instance, |_, _| true);
         // At best every device holds each layer: checked exactly for each layout.
         if instance.rules.shard_optimizer {
-            table.shards = instance.num_devices() as f64;
+            table.shards.set(instance.num_devices() as f64);
         }
         let limits: Vec<u64> = instance.pools.iter().map(crate::instance::Pool::num_devices).collect();
-        let schedules = self.schedules();
+        let schedules = schedules(instance);
         let effort = Effort { nodes: EXACT_NODES.min(self.meter.left()), stop: self.meter.stop() };
         let mut meter = Meter::new(&effort);
         let known = self.best.as_ref().map(|(layout, priced)| Settled {

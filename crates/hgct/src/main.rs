@@ -68,7 +68,7 @@ enum Command {
     #[command(after_help = "Example:\n  hgct profile job.toml --output profile.json")]
     Profile(commands::PlanArgs),
     /// Plan a job under what was measured, or any model on any cluster, and say why this plan
-    Plan(planning::Args),
+    Plan(Box<planning::Args>),
     /// Train a job: discover, check, profile, plan, train, report
     Train(train::TrainArgs),
     /// Serve a run on this host: start and watch its workers

@@ -31,6 +31,12 @@ pub(super) fn gib(bytes: f64) -> String {
     format!("{:.1}", bytes / 1_073_741_824.0)
 }
 
+/// Micro-batches of a pipeline, and their order where it is not the usual one.
+fn order(row: &StageRow) -> String {
+    let schedule = if row.schedule == "1f1b" { String::new() } else { format!(", {}", row.schedule) };
+    format!("{} of {}{schedule}", row.micro_batches, row.micro_batch)
+}
+
 /// A large count in words that are short.
 fn short(count: f64) -> String {
     let units = [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")];
@@ -144,7 +150,7 @@ impl Told<'_> {
                 format!("{}–{}", row.layers[0], row.layers[1] - 1),
                 row.devices.to_string(),
                 each,
-                if first { format!("{} of {}", row.micro_batches, row.micro_batch) } else { String::new() },
+                if first { order(&row) } else { String::new() },
                 if row.recompute { "yes".into() } else { "no".into() },
                 format!("{} of {}", gib(row.memory_bytes as f64), gib(row.memory_limit_bytes as f64)),
                 percent(row.busy),

@@ -1,5 +1,8 @@
 //! What a schedule means for fill and memory.
 
+use std::fmt;
+use std::str::FromStr;
+
 use super::Schedule;
 
 /// What one stage adds to its pipeline's fill, and how it is divided.
@@ -11,6 +14,34 @@ pub(crate) struct Work {
     pub(crate) backward_s: f64,
     /// Seconds of a micro-batch: handing on.
     pub(crate) transfer_s: f64,
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OneForwardOneBackward => f.write_str("1f1b"),
+            Self::Interleaved(v) => write!(f, "interleaved-{v}"),
+            Self::ZeroBubble => f.write_str("zero-bubble"),
+        }
+    }
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    /// `1f1b`, `zero-bubble`, or `interleaved-V` with V virtual stages a device.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let virtual_stages = |v: &str| v.parse().ok().filter(|v| (2..=64).contains(v));
+        match text {
+            "1f1b" => Ok(Self::OneForwardOneBackward),
+            "zero-bubble" => Ok(Self::ZeroBubble),
+            _ => text
+                .strip_prefix("interleaved-")
+                .and_then(virtual_stages)
+                .map(Self::Interleaved)
+                .ok_or_else(|| "write 1f1b, zero-bubble, or interleaved-V with V from 2 to 64".into()),
+        }
+    }
 }
 
 impl Schedule {
@@ -28,6 +59,23 @@ impl Schedule {
             Self::ZeroBubble => work.forward_s,
         };
         compute + work.transfer_s
+    }
+
+    /// Layers of a stage at least: one for each of its virtual stages.
+    pub(crate) fn least_layers(self) -> usize {
+        match self {
+            Self::Interleaved(v) => v.max(1) as usize,
+            Self::OneForwardOneBackward | Self::ZeroBubble => 1,
+        }
+    }
+
+    /// Micro-batches come in multiples of this: interleaving takes as many as stages through one
+    /// virtual stage, then the same through the next.
+    pub(crate) fn grain(self, num_stages: usize) -> u64 {
+        match self {
+            Self::Interleaved(_) => num_stages as u64,
+            Self::OneForwardOneBackward | Self::ZeroBubble => 1,
+        }
     }
 
     /// How often a micro-batch is handed on by each stage.

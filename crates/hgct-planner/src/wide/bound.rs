@@ -7,26 +7,27 @@
 //! every layer and `Σ_l x[p][l] c[p][l] ≤ n_p`. (The sum of the kinds' own rates is no bound: kinds
 //! differ by layer.)
 //!
-//! *fill and cut* ([`Bound::fill_s`]). A pipeline of k stages with m micro-batches of b samples and
-//! stage times c_s takes at least `(m − 1) max c_s + ρ Σ c_s`, where ρ is the part of a stage's work
-//! that no allowed schedule hides (1 for 1F1B). A device of stage s then exchanges at least
-//! `ε · bytes_s` behind at most σ·c_s of its own last backward; the mean over the stages gives
-//! `T ≥ (m − 1) max c_s + (ρ − σ/k) Σ c_s + ε G / k` for gradients of G bytes. As
-//! `Σ_s λ D_s c_s ≥ b r Y` for groups of D_s devices, this limits what a pipeline does in T seconds to
-//! `b ρ` and the sum over its stages of `max(0, (T − εG/k) λ D_s / (r Y) − b (ρ − σ/k))` (r: see
-//! `uses`; `b ρ` is divided evenly among its devices, which are k or what holds the model at least).
-//! A device's share of it is at most the largest over k, b and D; summed over all devices it must
-//! reach B. Here ε is for at least `n0` pipelines; with fewer, nothing is exchanged in the bound,
-//! but all last terms together are at most `n0` of the smallest micro-batches. The bound is the smaller
-//! of the two cases, at the best `n0`.
+//! *memory and fill* ([`Bound::fill_s`]). No set of pipelines does the batch in less time than the
+//! cheapest of all pipelines allows at any prices of devices ([`super::dual`], [`super::chain`]):
+//! stages must fit into memory with the micro-batches that are in flight, every stage but the slowest
+//! is filled and drained, a micro-batch is handed on over the fastest link at best, a stage has whole
+//! layers and a group whole devices.
 //!
-//! *memory*: a layer that fits on no device at some degree and micro-batch is not offered there, and
-//! pipelines with less memory than the model's state are not counted.
+//! *exchange, and the cut between kinds* ([`Bound::exchange_s`]). The same with the exchange: the
+//! devices that hold a layer are D, on `D / g` nodes of g devices or more, so each moves at least
+//! `(1 − g/D)` of its bytes between nodes (or more between kinds, whose links are slower), less what
+//! its last backward hides. The mean over all devices is a resource that pipelines use up
+//! ([`within`]). In a flat ring each holder moves `2 (1 − 1/n)` of its largest stage ([`ring`]).
 
 use serde::{Deserialize, Serialize};
 
 use crate::bound::maximise;
 use crate::instance::{Curve, Exchange, Instance, Link, Schedule};
+
+use super::chain::Holding;
+use super::dual::{Case, Dual};
+use super::table::Table;
+use super::{Effort, Meter};
 
 /// Seconds that no step can beat, and why.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,8 +37,10 @@ pub struct Bound {
     pub seconds: f64,
     /// Compute alone.
     pub compute_s: f64,
-    /// Compute, unavoidable fill and exchange.
+    /// Compute, memory and unavoidable fill.
     pub fill_s: f64,
+    /// The same with the exchange.
+    pub exchange_s: f64,
     /// Price of a device of each pool; `Σ devices · price = 1`. A device more shortens the compute
     /// bound by about this part.
     pub prices: Vec<f64>,
@@ -107,9 +110,188 @@ impl Bound {
         let batch = f64::from(instance.global_batch);
         // Leaves room for the rounding of the sums.
         let compute_s = batch * costs.priced(instance, &prices) * (1.0 - 1e-9);
-        let fill_s = if compute_s.is_finite() { fill(instance, &prices, compute_s) } else { compute_s };
-        Self { seconds: compute_s.max(fill_s), compute_s, fill_s, prices }
+        Self { seconds: compute_s, compute_s, fill_s: compute_s, exchange_s: compute_s, prices }
     }
+
+    /// The bound with all that is known of memory, fill and exchange, up to `enough` seconds: nothing
+    /// above that is proven.
+    pub fn up_to(instance: &Instance, enough: f64) -> Self {
+        let mut bound = Self::new(instance);
+        bound.sharpen(instance, enough, &mut Meter::new(&Effort::default()));
+        bound
+    }
+
+    /// Adds what memory, fill and exchange cost, up to `enough` seconds: those of a layout that is
+    /// known. As much as `meter` allows.
+    pub(crate) fn sharpen(&mut self, instance: &Instance, enough: f64, meter: &mut Meter<'_>) {
+        if !self.compute_s.is_finite() || enough <= self.compute_s {
+            return;
+        }
+        let table = Table::new(instance, |pool, _| instance.pools[pool].nodes > 0);
+        // At best every device holds each layer.
+        if instance.rules.shard_optimizer {
+            table.shards.set(instance.num_devices() as f64);
+        }
+        let exchanges = Exchanges::new(instance);
+        let mut dual = Dual::new(&table, &schedules(instance), exchanges.holding, enough, meter);
+        let devices = instance.pools.iter().map(|pool| pool.num_devices() as f64);
+        let mut shares: Vec<f64> = devices.zip(&self.prices).map(|(n, price)| n * price).collect();
+        shares.extend([0.0, 0.0]);
+        let any = Case { exchange: None, pipelines: None, largest: f64::INFINITY };
+        let fill_s = dual.seconds(any, enough, 8, &mut shares);
+        self.fill_s = self.fill_s.max(fill_s * (1.0 - 1e-9));
+        self.exchange_s = self.exchange_s.max(self.fill_s);
+        let exchange_s = exchanges.seconds(&mut dual, self.fill_s, enough, &shares);
+        self.exchange_s = self.exchange_s.max(exchange_s * (1.0 - 1e-9));
+        self.seconds = self.seconds.max(self.fill_s).max(self.exchange_s);
+    }
+}
+
+/// Schedules that a layout may use.
+pub(crate) fn schedules(instance: &Instance) -> Vec<Schedule> {
+    let mut schedules = vec![Schedule::OneForwardOneBackward];
+    for schedule in &instance.rules.schedules {
+        if !schedules.contains(schedule) {
+            schedules.push(*schedule);
+        }
+    }
+    schedules
+}
+
+/// What a layout must exchange at least.
+struct Exchanges<'a> {
+    instance: &'a Instance,
+    holding: Holding,
+}
+
+impl<'a> Exchanges<'a> {
+    fn new(instance: &'a Instance) -> Self {
+        let holding = match instance.rules.exchange {
+            Exchange::FlatRing { .. } => Holding { seconds_a_byte: 0.0, hides: 0.0 },
+            Exchange::Hierarchical => Holding {
+                seconds_a_byte: both(instance) / within(instance).0,
+                hides: instance.rules.exchange_overlap,
+            },
+        };
+        Self { instance, holding }
+    }
+
+    /// Seconds of a step, over all that its exchange may take. `least_s`: of its pipelines, whatever
+    /// they exchange.
+    fn seconds(&self, dual: &mut Dual<'_, '_, '_>, least_s: f64, enough: f64, shares: &[f64]) -> f64 {
+        let span = enough - least_s;
+        match self.instance.rules.exchange {
+            Exchange::Hierarchical => {
+                let (rate, alone) = within(self.instance);
+                let devices = self.instance.num_devices() as f64;
+                let free = alone * gradients(self.instance) * both(self.instance) / rate;
+                let case = |most: f64| Case {
+                    exchange: Some(most * devices + free),
+                    pipelines: None,
+                    largest: f64::INFINITY,
+                };
+                over_exchanges(dual, &case, least_s, enough, shares)
+            }
+            Exchange::FlatRing { .. } if self.instance.rules.exchange_overlap > 0.0 || span <= 0.0 => least_s,
+            Exchange::FlatRing { .. } => {
+                let mut best = least_s;
+                for pipelines in [2.0, 4.0, 8.0, 16.0, 32.0] {
+                    let few =
+                        Case { exchange: None, pipelines: Some(pipelines - 1.0), largest: f64::INFINITY };
+                    let few = dual.seconds(few, enough, 8, &mut shares.to_vec());
+                    if few <= best {
+                        break;
+                    }
+                    let a_byte = ring(self.instance, pipelines);
+                    let case = |most: f64| Case { exchange: None, pipelines: None, largest: most / a_byte };
+                    best = best.max(few.min(over_exchanges(dual, &case, least_s, enough, shares)));
+                }
+                best
+            }
+        }
+    }
+}
+
+/// The least of `X + seconds of the pipelines` over all X, which is divided until the least part is
+/// narrow.
+fn over_exchanges(
+    dual: &mut Dual<'_, '_, '_>,
+    case: &dyn Fn(f64) -> Case,
+    least_s: f64,
+    enough: f64,
+    shares: &[f64],
+) -> f64 {
+    let all = (0.0, enough - least_s);
+    let mut open = vec![Part { seconds: least_s, span: all, own: true, shares: shares.to_vec() }];
+    for _ in 0..PARTS {
+        let order = |a: &usize, b: &usize| open[*a].seconds.total_cmp(&open[*b].seconds);
+        let Some(at) = (0..open.len()).min_by(order) else { break };
+        let mut part = open.swap_remove(at);
+        let (low, high) = part.span;
+        if part.own {
+            if high - low < 0.003 * enough {
+                open.push(part);
+                break;
+            }
+            let middle = f64::midpoint(low, high);
+            let pipelines = part.seconds - low;
+            open.push(Part { span: (low, middle), own: false, ..part.clone() });
+            open.push(Part { seconds: pipelines + middle, span: (middle, high), ..part });
+        } else {
+            let found = dual.seconds(case(high), enough - low, 6, &mut part.shares);
+            part.seconds = part.seconds.max(low + found);
+            part.own = true;
+            open.push(part);
+        }
+    }
+    open.iter().map(|part| part.seconds).fold(enough, f64::min)
+}
+
+/// A part of what an exchange may take.
+#[derive(Debug, Clone)]
+struct Part {
+    /// Seconds of a step at least.
+    seconds: f64,
+    /// Seconds of the exchange, from and to.
+    span: (f64, f64),
+    /// Whether `seconds` are of the upper end of this part, not of a larger one.
+    own: bool,
+    /// Prices to begin with.
+    shares: Vec<f64>,
+}
+
+/// Parts of the exchange's time that are looked at.
+const PARTS: usize = 24;
+
+/// Bytes that a gradient byte moves, with the parameters that come back.
+fn both(instance: &Instance) -> f64 {
+    let second = |c: &crate::instance::LayerClass| {
+        if instance.rules.shard_optimizer {
+            c.parameter_bytes.min(c.gradient_bytes)
+        } else {
+            c.gradient_bytes
+        }
+    };
+    let used = instance.classes.iter().filter(|c| c.gradient_bytes > 0.0);
+    used.map(|c| 1.0 + second(c) / c.gradient_bytes).fold(2.0, f64::min)
+}
+
+/// Bytes a second between nodes, and devices that hold a layer without it: D devices exchange at
+/// least `(D − devices) · bytes / rate` device-seconds.
+fn within(instance: &Instance) -> (f64, f64) {
+    let layers = instance.classes.iter().map(|c| c.gradient_bytes).filter(|b| *b > 0.0);
+    let sizes =
+        (layers.fold(f64::INFINITY, f64::min) / instance.num_devices() as f64, gradients(instance) * 2.0);
+    let num = instance.pools.len();
+    let within = (0..num).map(|p| fastest(&instance.inter[p][p], sizes)).fold(0.0, f64::max);
+    let across = (0..num)
+        .flat_map(|p| (0..num).filter(move |q| *q != p).map(move |q| (p, q)))
+        .map(|(p, q)| fastest(&instance.inter[p][q], sizes))
+        .fold(0.0, f64::max);
+    let per_node = instance.pools.iter().map(|p| p.devices_per_node).max().unwrap_or(1);
+    // K pools of n nodes together: (1 − K/n) / within + (K − 1)/n / across, the least over K.
+    let saved = if across > within { num as f64 - (num as f64 - 1.0) * within / across } else { 1.0 };
+    (within, saved * f64::from(per_node))
 }
 
 /// Dual prices of the compute bound, by the simplex method; whatever comes out, weak duality makes the
@@ -164,208 +346,22 @@ fn prices(instance: &Instance, costs: &Costs) -> Vec<f64> {
         .unwrap_or_else(|| vec![1.0 / devices.iter().sum::<f64>(); pools])
 }
 
-/// A way to use devices of a pool: a group's devices, its micro-batch, and what a device-second of it
-/// is worth in samples.
-struct Use {
-    group: f64,
-    micro_batch: f64,
-    worth: f64,
-}
-
-/// Ways to use each pool. With `y_l` the least priced cost of layer l anywhere, and r the least ratio
-/// of a way's own priced cost to it over all layers, a stage s on that way has
-/// `λ D c_s ≥ b r Σ_l y_l`: its devices are worth `λ / (r Y)` samples a second. Layers that cost next to
-/// nothing are left out of r, and of Y.
-fn uses(instance: &Instance, prices: &[f64]) -> Vec<Vec<Use>> {
-    let costs = Costs::new(instance);
-    let least: Vec<f64> = (0..instance.classes.len())
-        .map(|class| {
-            costs.least.iter().zip(prices).map(|(c, price)| price * c[class]).fold(f64::INFINITY, f64::min)
-        })
-        .collect();
-    let of_run = |run: &crate::instance::Run| least[run.class] * f64::from(run.count);
-    let whole: f64 = instance.runs.iter().map(of_run).sum();
-    let counts = |class: usize| {
-        let runs = instance.runs.iter().filter(|run| run.class == class);
-        runs.map(of_run).sum::<f64>() >= SMALL * whole
-    };
-    let kept: Vec<usize> = (0..instance.classes.len()).filter(|class| counts(*class)).collect();
-    let sum: f64 = instance.runs.iter().filter(|run| kept.contains(&run.class)).map(of_run).sum();
-    instance
-        .pools
-        .iter()
-        .zip(prices)
-        .map(|(pool, price)| {
-            let mut all = Vec::new();
-            for row in &pool.costs {
-                for replicas in 1..=instance.rules.max_replicas {
-                    let (degree, samples) = (f64::from(row.tensor_parallel), f64::from(row.micro_batch));
-                    let ratio = kept
-                        .iter()
-                        .map(|class| {
-                            price * (row.forward_s[*class] + row.backward_s[*class]) * degree
-                                / samples
-                                / least[*class]
-                        })
-                        .fold(f64::INFINITY, f64::min)
-                        .max(1.0);
-                    let by = f64::from(replicas);
-                    if row.micro_batch * replicas <= instance.global_batch {
-                        all.push(Use {
-                            group: degree * by,
-                            micro_batch: samples * by,
-                            worth: price / (ratio * sum),
-                        });
-                    }
-                }
-            }
-            all
-        })
-        .collect()
-}
-
-/// Part of the whole cost below which a class of layers does not count.
-const SMALL: f64 = 0.02;
-
-fn fill(instance: &Instance, prices: &[f64], compute_s: f64) -> f64 {
-    let rules = &instance.rules;
-    let uses = uses(instance, prices);
-    // The largest group, and what of a stage's work is forward and backward.
-    let rows = || instance.pools.iter().flat_map(|p| &p.costs);
-    let share = |row: &crate::instance::CostRow, class: usize| {
-        let again = if rules.recompute { row.forward_s[class] } else { 0.0 };
-        let (forward, backward) = (row.forward_s[class], row.backward_s[class] + again);
-        if backward > 0.0 { backward / (forward + backward) } else { 0.0 }
-    };
-    let classes = 0..instance.classes.len();
-    let shares: Vec<f64> = rows().flat_map(|row| classes.clone().map(move |c| share(row, c))).collect();
-    let most_backward = shares.iter().copied().fold(0.0, f64::max);
-    let hides = rules.exchange_overlap * most_backward;
-    let shown = rules.schedules.iter().map(|schedule| match schedule {
-        Schedule::Interleaved(v) => 1.0 / f64::from((*v).max(1)),
-        Schedule::ZeroBubble => 1.0 - most_backward,
-        Schedule::OneForwardOneBackward => 1.0,
-    });
-    let shown = shown.fold(1.0, f64::min);
-    let total: f64 = gradients(instance);
-    let smallest = uses.iter().flatten().map(|way| way.micro_batch).fold(f64::INFINITY, f64::min);
-    let most_group = uses.iter().flatten().map(|way| way.group).fold(1.0, f64::max);
-    let least_devices = least_devices(instance);
-    // Samples in so many seconds, with `few` pipelines at most or with any number of them.
-    let case = |seconds: f64, exchange: f64, few: Option<f64>| -> f64 {
-        let of_stage = |way: &Use, stages: f64| {
-            if way.group + (stages - 1.0) * most_group < least_devices {
-                return 0.0;
-            }
-            let left = (seconds - exchange * total / stages).max(0.0);
-            let lost = way.micro_batch * (shown - hides / stages).max(0.0);
-            let first = way.micro_batch * shown * way.group / stages.max(least_devices).max(way.group);
-            (left * way.worth * way.group - lost).max(0.0) + first
-        };
-        let each = |way: &Use| {
-            let of_group = match few {
-                Some(_) => (seconds * way.worth * way.group - smallest * shown).max(0.0),
-                None => (1..=instance.num_layers().min(512))
-                    .map(|stages| of_stage(way, f64::from(stages)))
-                    .fold(0.0, f64::max),
-            };
-            of_group / way.group
-        };
-        let pools = instance.pools.iter().zip(&uses);
-        let sum: f64 = pools
-            .map(|(pool, ways)| ways.iter().map(each).fold(0.0, f64::max) * pool.num_devices() as f64)
-            .sum();
-        sum + few.map_or(0.0, |few| few * smallest * shown)
-    };
-    let least = |exchange: f64, pipelines: Option<f64>| -> f64 {
-        let (mut low, mut high) = (compute_s, compute_s * 4.0);
-        if case(low, exchange, pipelines) >= f64::from(instance.global_batch) {
-            return low;
-        }
-        for _ in 0..30 {
-            let middle = f64::midpoint(low, high);
-            if case(middle, exchange, pipelines) >= f64::from(instance.global_batch) {
-                high = middle;
-            } else {
-                low = middle;
-            }
-        }
-        low * (1.0 - 1e-9)
-    };
-    let mut best = compute_s;
-    for pipelines in [2.0, 4.0, 8.0, 16.0, 32.0] {
-        let few = least(0.0, Some(pipelines - 1.0));
-        if few <= best {
-            break;
-        }
-        best = best.max(few.min(least(exchange(instance, pipelines), None)));
-    }
-    best
-}
-
-/// Devices that hold the model's state at least, optimizer state apart where it may be sharded.
-fn least_devices(instance: &Instance) -> f64 {
-    let of_class = |class: usize| {
-        let degrees = instance.degrees.iter().zip(&instance.classes[class].memory);
-        let bytes = degrees.map(|(degree, memory)| {
-            let optimizer = if instance.rules.shard_optimizer { 0.0 } else { memory.optimizer_bytes };
-            f64::from(*degree) * (memory.state_bytes + optimizer)
-        });
-        bytes.fold(f64::INFINITY, f64::min)
-    };
-    let state: f64 = instance.runs.iter().map(|run| of_class(run.class) * f64::from(run.count)).sum();
-    let free = instance
-        .pools
-        .iter()
-        .map(|pool| pool.memory_bytes - pool.overhead_bytes.iter().copied().fold(f64::INFINITY, f64::min));
-    (state / free.fold(1.0, f64::max)).ceil().max(1.0)
-}
-
 /// Gradient bytes of the model.
 pub(crate) fn gradients(instance: &Instance) -> f64 {
     instance.runs.iter().map(|r| instance.classes[r.class].gradient_bytes * f64::from(r.count)).sum()
 }
 
-/// Seconds a gradient byte that a device of at least `pipelines` must exchange at least.
-pub(crate) fn exchange(instance: &Instance, pipelines: f64) -> f64 {
+/// Seconds that a stage of a group exchanges at least, a gradient byte divided by its degree, with at
+/// least so many pipelines.
+fn ring(instance: &Instance, pipelines: f64) -> f64 {
+    let Exchange::FlatRing { bucket_bytes } = instance.rules.exchange else { return 0.0 };
     let largest = f64::from(instance.degrees.last().copied().unwrap_or(1));
     let layers = instance.runs.iter().map(|r| instance.classes[r.class].gradient_bytes);
     let (small, sum) = (layers.filter(|b| *b > 0.0).fold(f64::INFINITY, f64::min), gradients(instance));
-    match instance.rules.exchange {
-        Exchange::FlatRing { bucket_bytes } => {
-            let most = instance.num_devices() as f64;
-            let sizes = (small / largest / most, sum.min(bucket_bytes) / pipelines);
-            let rate = instance.inter.iter().flatten().map(|l| fastest(l, sizes)).fold(0.0, f64::max);
-            2.0 * (pipelines - 1.0) / pipelines / largest / rate
-        }
-        Exchange::Hierarchical => {
-            let second = |c: &crate::instance::LayerClass| {
-                if instance.rules.shard_optimizer {
-                    c.parameter_bytes.min(c.gradient_bytes)
-                } else {
-                    c.gradient_bytes
-                }
-            };
-            let used = instance.classes.iter().filter(|c| c.gradient_bytes > 0.0);
-            let both = used.map(|c| 1.0 + second(c) / c.gradient_bytes).fold(2.0, f64::min);
-            let per_node = instance.pools.iter().map(|p| p.devices_per_node).max().unwrap_or(1);
-            let nodes = (pipelines / f64::from(per_node)).ceil().max(1.0);
-            let sizes = (small / instance.num_devices() as f64, sum * 2.0);
-            let within =
-                (0..instance.pools.len()).map(|p| fastest(&instance.inter[p][p], sizes)).fold(0.0, f64::max);
-            let across = (0..instance.pools.len())
-                .flat_map(|p| (0..instance.pools.len()).filter(move |q| *q != p).map(move |q| (p, q)))
-                .map(|(p, q)| fastest(&instance.inter[p][q], sizes))
-                .fold(0.0, f64::max);
-            // K pools of nodes/K nodes each.
-            let by_pools = (1..=instance.pools.len()).map(|k| {
-                let k = (k as f64).min(nodes);
-                let inside = (1.0 - k / nodes).max(0.0) / within;
-                inside + if k > 1.0 { (k - 1.0) / k / (nodes / k) / across } else { 0.0 }
-            });
-            both * by_pools.fold(f64::INFINITY, f64::min)
-        }
-    }
+    let most = instance.num_devices() as f64;
+    let sizes = (small / largest / most, sum.min(bucket_bytes) / pipelines);
+    let rate = instance.inter.iter().flatten().map(|l| fastest(l, sizes)).fold(0.0, f64::max);
+    2.0 * (pipelines - 1.0) / pipelines / rate
 }
 
 /// The best rate of a link for any message in a range of sizes.

@@ -28,6 +28,8 @@ pub(crate) struct Form {
     pub(crate) largest: f64,
     /// Smallest degree of any stage.
     pub(crate) least_degree: u32,
+    /// Micro-batches come in multiples of this.
+    pub(crate) grain: u64,
 }
 
 impl Form {
@@ -39,6 +41,10 @@ impl Form {
         stages: Vec<Placed>,
     ) -> Option<Self> {
         let num = stages.len();
+        let least_layers = schedule.least_layers();
+        if least_layers > 1 && num < 2 {
+            return None;
+        }
         let mut used = vec![0; table.instance.pools.len()];
         let (mut pace, mut fill, mut own) = (0.0f64, 0.0, 0.0);
         let (mut largest, mut least_degree) = (0.0f64, u32::MAX);
@@ -46,7 +52,7 @@ impl Form {
             let (first, end) = range(table, &stages, at);
             let choice = usize::from(stages[at].choice);
             let of = &table.choices[choice];
-            if first >= end
+            if first + least_layers > end
                 || !table.runs(choice, size)
                 || !table.fits(choice, size, first, end, schedule.in_flight(num, at))
             {
@@ -69,14 +75,16 @@ impl Form {
             largest = largest.max(table.gradient[end] - table.gradient[first]);
             least_degree = least_degree.min(of.degree);
         }
-        Some(Self { size, schedule, stages, fixed: fill + own, pace, used, largest, least_degree })
+        let grain = schedule.grain(num);
+        Some(Self { size, schedule, stages, fixed: fill + own, pace, used, largest, least_degree, grain })
     }
 
     /// Micro-batches that a step of `seconds` allows.
     pub(crate) fn micro_batches(&self, seconds: f64) -> u64 {
         let num = (seconds * (1.0 + 1e-12) - self.fixed) / self.pace;
         // Far more than any batch, and far less than what overflows a sum.
-        if num < 1.0 { 0 } else { num.min(1e9).floor() as u64 }
+        let num = if num < 1.0 { 0 } else { num.min(1e9).floor() as u64 };
+        num - num % self.grain
     }
 
     /// Samples that a step of `seconds` allows.

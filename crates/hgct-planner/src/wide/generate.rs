@@ -25,12 +25,6 @@ pub(crate) struct Wish<'w> {
     pub(crate) prices: &'w [f64],
     /// Smallest degree that may be used.
     pub(crate) least_degree: u32,
-    /// Largest degree that may be used.
-    pub(crate) most_degree: u32,
-    /// Samples of a whole pipeline, about: what a suffix is worth by the layers that it has.
-    pub(crate) value: f64,
-    /// Suffixes of a length that are gone on with at most.
-    pub(crate) beam: usize,
     /// Gradient bytes of a stage at most.
     pub(crate) largest: f64,
     /// Stages at most.
@@ -78,7 +72,7 @@ impl Generator {
         let usable: Vec<usize> = (0..table.choices.len())
             .filter(|c| {
                 let of = &table.choices[*c];
-                (wish.least_degree..=wish.most_degree).contains(&of.degree)
+                of.degree >= wish.least_degree
                     && wish.prices[of.pool].is_finite()
                     && table.runs(*c, wish.size)
             })
@@ -110,15 +104,6 @@ impl Generator {
             for at in &level {
                 let slot = self.slot(table, *at);
                 self.slots[slot] = NONE;
-            }
-            if level.len() > wish.beam {
-                let each = wish.value / table.num_layers as f64;
-                let promise = |at: &usize| {
-                    let label = &self.labels[*at];
-                    label.cost - each * (table.num_layers - usize::from(label.first)) as f64
-                };
-                level.sort_by(|a, b| promise(a).total_cmp(&promise(b)).then(a.cmp(b)));
-                level.truncate(wish.beam);
             }
             if level.is_empty() {
                 break;

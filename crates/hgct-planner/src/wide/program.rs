@@ -1,5 +1,7 @@
 //! How many pipelines of each form: the linear programme and its whole numbers.
 
+use crate::bound::{leaving, pivot};
+
 use super::Meter;
 
 /// Something that uses resources and yields samples.
@@ -43,25 +45,8 @@ pub(crate) fn relaxed(columns: &[Column], limits: &[u64]) -> Relaxed {
             (0..width - 1).find(|j| goal[*j] < -1e-9)
         };
         let Some(enter) = enter else { break };
-        let mut leave: Option<(f64, usize, usize)> = None;
-        for row in 0..rows {
-            if table[row][enter] > 1e-9 {
-                let ratio = table[row][width - 1] / table[row][enter];
-                if leave.is_none_or(|(least, variable, _)| (ratio, basis[row]) < (least, variable)) {
-                    leave = Some((ratio, basis[row], row));
-                }
-            }
-        }
-        let Some((_, _, at)) = leave else { break };
-        let by = table[at][enter];
-        table[at].iter_mut().for_each(|x| *x /= by);
-        let line = table[at].clone();
-        for (row, values) in table.iter_mut().enumerate() {
-            let factor = values[enter];
-            if row != at && factor != 0.0 {
-                values.iter_mut().zip(&line).for_each(|(x, y)| *x -= factor * y);
-            }
-        }
+        let Some(at) = leaving(&table, &basis, enter, 1e-9) else { break };
+        pivot(&mut table, at, enter);
         basis[at] = enter;
     }
     let mut counts = vec![0.0; num];

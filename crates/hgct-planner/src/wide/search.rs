@@ -8,6 +8,7 @@
 use crate::instance::{Schedule, check, price};
 
 use super::Meter;
+use super::even::Even;
 use super::form::Form;
 use super::generate::{Generator, Wish};
 use super::program::{Column, Relaxed, relaxed, whole};
@@ -35,7 +36,6 @@ pub(crate) struct Start<'s> {
 /// One context with what the linear programme says of it.
 struct Context {
     least_degree: u32,
-    most_degree: u32,
     largest: f64,
     seconds: f64,
     exchange: f64,
@@ -51,62 +51,136 @@ pub(crate) struct Search<'a, 't, 'm> {
     generator: Generator,
     forms: Vec<Form>,
     pub(crate) best: Option<Settled>,
-    /// Prices of devices in the best context.
-    pub(crate) prices: Vec<f64>,
 }
 
 impl<'a, 't, 'm> Search<'a, 't, 'm> {
     pub(crate) fn new(table: &'t Table<'a>, start: &'t Start<'t>, meter: &'t mut Meter<'m>) -> Self {
-        let prices = start.prices.clone();
-        Self { table, start, meter, generator: Generator::default(), forms: Vec::new(), best: None, prices }
+        Self { table, start, meter, generator: Generator::default(), forms: Vec::new(), best: None }
     }
 
     /// Runs until done (`Some`) or out of nodes.
     pub(crate) fn run(&mut self) -> Option<()> {
-        let mut contexts = Vec::new();
-        let many = self.many();
-        let mut pairs = self.contexts();
-        if many {
-            self.most_promising(&mut pairs);
+        let done = self.everything();
+        if let Some(best) = self.best.take() {
+            self.best = Some(polish(self.table, best.clone(), 6, self.meter).unwrap_or(best));
         }
-        for (least_degree, largest) in pairs {
-            let mut context = Context {
-                least_degree,
-                most_degree: if many { least_degree * 2 } else { u32::MAX },
-                largest,
-                seconds: self.start.best.unwrap_or(self.start.bound * 1.3),
-                exchange: 0.0,
-                prices: self.start.prices.clone(),
-                used: Vec::new(),
-            };
+        done
+    }
+
+    fn everything(&mut self) -> Option<()> {
+        self.evenly()?;
+        if self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS {
+            return self.combine();
+        }
+        let mut contexts = Vec::new();
+        for (least_degree, largest) in self.contexts() {
+            let mut context = self.context(least_degree, largest);
             self.coarse(&mut context)?;
             if context.seconds.is_finite() {
                 contexts.push(context);
             }
         }
         contexts.sort_by(|a, b| (a.seconds + a.exchange).total_cmp(&(b.seconds + b.exchange)));
-        let depth = if self.many() { self.start.depth.div_ceil(2) } else { self.start.depth };
-        for at in 0..contexts.len().min(depth) {
-            let known = self.known();
-            // A coarse sum says little where much is left out.
-            let slack = if self.many() { 1.5 } else { 1.06 };
-            let context = &mut contexts[at];
-            if at > 0 && (context.seconds + context.exchange) > known * slack {
+        for (at, context) in contexts.iter_mut().take(self.start.depth).enumerate() {
+            let known = self.known() * 1.06;
+            if at > 0 && (context.seconds + context.exchange) > known {
                 continue;
             }
-            for _ in 0..if self.many() { 2 } else { 3 } {
+            for _ in 0..3 {
                 self.refine(context)?;
-                if self.many() && (context.seconds + context.exchange) > known * 1.2 {
-                    break;
-                }
             }
-            if at > 0 && (context.seconds + context.exchange) > known * 1.06 {
+            if at > 0 && (context.seconds + context.exchange) > known {
                 continue;
             }
             self.make_whole(context)?;
         }
-        if let Some(best) = self.best.take() {
-            self.best = Some(polish(self.table, best.clone(), 6, self.meter).unwrap_or(best));
+        Some(())
+    }
+
+    fn context(&self, least_degree: u32, largest: f64) -> Context {
+        Context {
+            least_degree,
+            largest,
+            seconds: self.start.best.unwrap_or(self.start.bound * 1.3),
+            exchange: 0.0,
+            prices: self.start.prices.clone(),
+            used: Vec::new(),
+        }
+    }
+
+    /// Unlike ones of the pipelines that were found beside each other.
+    fn combine(&mut self) -> Option<()> {
+        if self.forms.is_empty() {
+            return Some(());
+        }
+        let mut context = self.context(0, f64::INFINITY);
+        self.solve(&mut context)?;
+        if context.seconds.is_finite() { self.make_whole(&context) } else { Some(()) }
+    }
+
+    /// Alike pipelines, as many as may be worth it.
+    fn evenly(&mut self) -> Option<()> {
+        let batch = f64::from(self.table.instance.global_batch);
+        let shards = self.table.shards.get();
+        let most: u64 = self.start.limits.iter().copied().max().unwrap_or(0);
+        for size in 0..self.table.micro_batches.len() {
+            let samples = f64::from(self.table.micro_batches[size]);
+            for schedule in self.start.schedules {
+                let mut num = 1u64;
+                while num <= most && num as f64 * samples <= batch {
+                    let share = |limit: &u64| (limit / num) as u32;
+                    let devices: Vec<u32> = self.start.limits.iter().map(share).collect();
+                    let micro_batches = batch / samples / num as f64;
+                    self.of_these(&devices, size, *schedule, micro_batches, num)?;
+                    num += 1 + num / 12;
+                }
+            }
+        }
+        self.table.shards.set(shards);
+        Some(())
+    }
+
+    /// `num` pipelines on that many devices each.
+    fn of_these(
+        &mut self,
+        devices: &[u32],
+        size: usize,
+        schedule: Schedule,
+        micro_batches: f64,
+        num: u64,
+    ) -> Option<()> {
+        if self.table.instance.rules.shard_optimizer {
+            self.table.shards.set(num as f64);
+        }
+        let even = Even { devices, size, schedule, pipelines: num, micro_batches, enough: self.known() };
+        for form in super::even::make(self.table, &even, self.meter)? {
+            self.offer(&vec![(form.clone(), num as u32)]);
+            self.leftover(&form, num)?;
+            self.forms.push(form);
+        }
+        Some(())
+    }
+
+    /// The same pipelines with one of them on all devices that the others leave.
+    fn leftover(&mut self, form: &Form, num: u64) -> Option<()> {
+        let others = num.saturating_sub(1);
+        let rest = self.start.limits.iter().zip(&form.used);
+        let devices: Vec<u32> =
+            rest.map(|(limit, used)| (limit - (others * u64::from(*used)).min(*limit)) as u32).collect();
+        if others == 0 || devices == form.used {
+            return Some(());
+        }
+        let samples = f64::from(self.table.micro_batches[form.size]);
+        let even = Even {
+            devices: &devices,
+            size: form.size,
+            schedule: form.schedule,
+            micro_batches: f64::from(self.table.instance.global_batch) / samples / num as f64,
+            enough: self.known() * 1.05,
+            pipelines: num,
+        };
+        for last in super::even::make(self.table, &even, self.meter)? {
+            self.offer(&vec![(form.clone(), others as u32), (last, 1)]);
         }
         Some(())
     }
@@ -133,86 +207,28 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         degrees.sort_unstable();
         degrees.dedup();
         let flat = !matches!(table.instance.rules.exchange, crate::instance::Exchange::Hierarchical);
-        if !flat && !self.many() {
+        if !flat {
             degrees.truncate(1);
         }
         degrees.iter().rev().flat_map(|d| sizes.iter().map(move |size| (*d, *size))).collect()
-    }
-
-    /// Whether there is too much to look at everything.
-    fn many(&self) -> bool {
-        self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS
-    }
-
-    fn most_stages(&self) -> usize {
-        self.table.num_layers.min(MOST_STAGES)
-    }
-
-    /// Keeps the contexts whose step is the shortest by a rough sum: compute at these degrees, what
-    /// as many stages as the largest allows lose to fill, and their exchange.
-    fn most_promising(&self, pairs: &mut Vec<(u32, f64)>) {
-        let table = self.table;
-        let instance = table.instance;
-        let batch = f64::from(instance.global_batch);
-        let total = table.gradient[table.num_layers];
-        let devices: u64 = self.start.limits.iter().sum();
-        let rate = super::bound::exchange(instance, 16.0);
-        let step = |(degree, largest): &(u32, f64)| -> f64 {
-            let stages = (total / largest).max(1.0);
-            // Seconds of a sample on all devices at this degree, each kind at its own rate.
-            let mut speed = 0.0;
-            for (pool, limit) in self.start.limits.iter().enumerate().filter(|(_, n)| **n > 0) {
-                let of_size = |size: usize| {
-                    let choice = table
-                        .choices
-                        .iter()
-                        .position(|c| c.pool == pool && c.degree == *degree && !c.recompute);
-                    choice.map_or(f64::INFINITY, |c| {
-                        let (forward, backward) = table.compute(c, size, 0, table.num_layers);
-                        (forward + backward) / f64::from(table.micro_batches[size])
-                    })
-                };
-                let best = (0..table.micro_batches.len()).map(of_size).fold(f64::INFINITY, f64::min);
-                speed += *limit as f64 / f64::from(*degree) / best;
-            }
-            let lost = devices as f64 / f64::from(*degree) * (1.0 - 1.0 / stages);
-            (batch + lost) / speed + rate * largest
-        };
-        pairs.sort_by(|a, b| step(a).total_cmp(&step(b)));
-        pairs.truncate(self.start.depth * 2);
     }
 
     /// Makes pipelines on a coarse grid of paces and solves the linear programme.
     fn coarse(&mut self, context: &mut Context) -> Option<()> {
         let table = self.table;
         let batch = f64::from(table.instance.global_batch);
-        let devices: u64 = self.start.limits.iter().sum();
         for size in 0..table.micro_batches.len() {
             let samples = f64::from(table.micro_batches[size]);
             let most = batch / samples;
             let mut nums = Vec::new();
-            if self.many() {
-                // So many stages of that degree make so many pipelines, and these so many micro-batches.
-                let stages = (table.gradient[table.num_layers] / context.largest).max(1.0);
-                for longer in [1.0, 1.35] {
-                    let stages = stages * longer;
-                    let pipelines = (devices as f64 / (stages * f64::from(context.least_degree))).max(1.0);
-                    nums.push((most / pipelines).max(1.0) + stages - 1.0);
-                    nums.push(((most / pipelines).max(1.0) + stages - 1.0) * 0.8);
-                }
-            } else {
-                let mut num = 1.6;
-                while num < most * 1.5 + 4.0 {
-                    nums.push(num);
-                    num *= 1.7;
-                }
+            let mut num = 1.6;
+            while num < most * 1.5 + 4.0 {
+                nums.push(num);
+                num *= 1.7;
             }
             for num in nums {
                 for schedule in self.start.schedules {
                     self.generate(context, size, *schedule, num, 3)?;
-                    if self.many() {
-                        self.generate_alone(context, size, *schedule, num)?;
-                    }
                 }
             }
         }
@@ -226,40 +242,12 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             for size in near.iter().filter(|s| **s < self.table.micro_batches.len()) {
                 let ratio =
                     f64::from(self.table.micro_batches[*size]) / f64::from(self.table.micro_batches[near[1]]);
-                let grid: &[f64] = if self.many() {
-                    &[0.85, 1.0, 1.12]
-                } else {
-                    &[0.6, 0.75, 0.85, 0.93, 1.0, 1.06, 1.13, 1.25, 1.45]
-                };
-                for by in grid {
+                for by in [0.6, 0.75, 0.85, 0.93, 1.0, 1.06, 1.13, 1.25, 1.45] {
                     self.generate(context, *size, schedule, num * by / ratio, 4)?;
                 }
             }
         }
         self.solve(context)
-    }
-
-    /// The same of each pool alone, so that the linear programme can use all devices.
-    fn generate_alone(
-        &mut self,
-        context: &mut Context,
-        size: usize,
-        schedule: Schedule,
-        num: f64,
-    ) -> Option<()> {
-        let prices = context.prices.clone();
-        let pools: Vec<usize> = (0..prices.len()).filter(|p| prices[*p].is_finite()).collect();
-        if pools.len() < 2 {
-            return Some(());
-        }
-        for pool in pools {
-            let alone = |(at, price): (usize, &f64)| if at == pool { *price } else { f64::INFINITY };
-            context.prices = prices.iter().enumerate().map(alone).collect();
-            let done = self.generate(context, size, schedule, num, 1);
-            context.prices.clone_from(&prices);
-            done?;
-        }
-        Some(())
     }
 
     /// Pipelines whose pace is that of `num` micro-batches and fill in the context's time.
@@ -280,11 +268,8 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             pace: context.seconds / num,
             prices: &context.prices,
             least_degree: context.least_degree,
-            most_degree: context.most_degree,
-            value: f64::from(self.table.micro_batches[size]) * num,
-            beam: if self.many() { BEAM } else { usize::MAX },
             largest: context.largest,
-            most_stages: self.most_stages(),
+            most_stages: self.table.num_layers.min(MOST_STAGES),
             keep,
         };
         let first = self.forms.len();
@@ -313,7 +298,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         (0..self.forms.len())
             .filter(|at| {
                 let form = &self.forms[*at];
-                (form.least_degree >= context.least_degree || context.most_degree < u32::MAX)
+                form.least_degree >= context.least_degree
                     && form.largest <= context.largest * (1.0 + 1e-9)
                     && form.used.iter().zip(&self.start.limits).all(|(u, n)| u64::from(*u) <= *n)
             })
@@ -411,7 +396,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             let done: u64 = crew.iter().map(|(f, n)| u64::from(*n) * f.samples(self.table, at)).sum();
             if done >= batch {
                 high = at.min(least_seconds(self.table, &crew));
-                self.offer(&crew, &context.prices);
+                self.offer(&crew);
             } else {
                 low = at;
             }
@@ -421,21 +406,18 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     }
 
     /// Settles pipelines and keeps them if they are the best.
-    fn offer(&mut self, crew: &Crew, prices: &[f64]) {
+    fn offer(&mut self, crew: &Crew) {
         let Some(found) = settle(self.table, crew) else { return };
         let better = self.best.as_ref().is_none_or(|best| found.seconds() < best.seconds());
         if better && check(self.table.instance, &found.layout).is_empty() {
             self.best = Some(found);
-            self.prices = prices.to_vec();
         }
     }
 }
 
-/// Ways to place a stage beyond which the search looks at fewer of them at a time.
+/// Ways to place a stage beyond which only alike pipelines are made.
 const MANY_ENDS: usize = 8;
-/// Layers beyond which it does.
+/// Layers beyond which it is so.
 const MANY_LAYERS: usize = 40;
-/// Suffixes of a length that are then gone on with.
-const BEAM: usize = 48;
 /// Stages of a pipeline at most; more has never been of use.
 const MOST_STAGES: usize = 48;

@@ -37,7 +37,7 @@ pub(crate) fn least_seconds(table: &Table<'_>, crew: &Crew) -> f64 {
     let done = |seconds: f64| -> u64 {
         crew.iter().map(|(form, count)| u64::from(*count) * form.samples(table, seconds)).sum()
     };
-    let one = |form: &Form| form.seconds(u64::from(table.instance.global_batch));
+    let one = |form: &Form| form.seconds(u64::from(table.instance.global_batch).next_multiple_of(form.grain));
     let mut high = crew.iter().map(|(form, _)| one(form)).fold(f64::INFINITY, f64::min);
     let mut low = 0.0;
     if !high.is_finite() || done(high) < batch {
@@ -70,7 +70,7 @@ fn divide(table: &Table<'_>, crew: &Crew) -> Option<Layout> {
             return Some(layout);
         }
         // The next end of any micro-batch.
-        let next = |form: &Form| form.seconds(form.micro_batches(seconds) + 1);
+        let next = |form: &Form| form.seconds(form.micro_batches(seconds) + form.grain);
         seconds = crew.iter().map(|(form, _)| next(form)).fold(f64::INFINITY, f64::min) * (1.0 + 1e-11);
     }
     None
@@ -103,16 +103,17 @@ fn divide_in(table: &Table<'_>, crew: &Crew, seconds: f64) -> Option<Layout> {
     });
     for at in order {
         let (form, count, num) = rows[at];
-        // Every pipeline keeps a micro-batch.
-        let whole = (excess / size(form)).min(count * (num - 1));
+        // Every pipeline keeps a micro-batch, or as many as come together.
+        let grain = crew[form].0.grain;
+        let whole = (excess / size(form) / grain).min(count * (num / grain - 1));
         if whole == 0 {
             continue;
         }
-        excess -= whole * size(form);
+        excess -= whole * size(form) * grain;
         let (each, more) = (whole / count, whole % count);
-        rows[at] = (form, count - more, num - each);
+        rows[at] = (form, count - more, num - each * grain);
         if more > 0 {
-            rows.push((form, more, num.checked_sub(each + 1)?));
+            rows.push((form, more, num.checked_sub((each + 1) * grain)?));
         }
     }
     if excess > 0 {

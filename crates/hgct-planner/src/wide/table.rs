@@ -71,8 +71,8 @@ pub(crate) struct Table<'a> {
     output: Vec<usize>,
     /// By micro-batch, output size, end from, end to.
     transfers: Vec<Vec<Vec<Vec<f64>>>>,
-    /// Replicas of a layer that optimizer state is divided among.
-    pub(crate) shards: f64,
+    /// Replicas of a layer that optimizer state is divided among; changed between searches.
+    pub(crate) shards: std::cell::Cell<f64>,
 }
 
 fn prefix(values: impl Iterator<Item = f64>) -> Prefix {
@@ -202,7 +202,7 @@ impl<'a> Table<'a> {
             held,
             output,
             transfers,
-            shards: 1.0,
+            shards: std::cell::Cell::new(1.0),
         }
     }
 
@@ -236,6 +236,12 @@ impl<'a> Table<'a> {
         self.transfers[size][self.output[layer]][from][to]
     }
 
+    /// Seconds that a stage takes at least to hand a micro-batch on, whatever stands beside it.
+    pub(crate) fn least_transfer(&self, size: usize, own: usize) -> f64 {
+        let of = |to_ends: &Vec<Vec<f64>>| to_ends[own].iter().copied().fold(f64::INFINITY, f64::min);
+        self.transfers[size].iter().map(of).fold(f64::INFINITY, f64::min)
+    }
+
     /// Peak memory of each device of a stage.
     pub(crate) fn memory(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> f64 {
         let of = &self.choices[choice];
@@ -243,7 +249,7 @@ impl<'a> Table<'a> {
         let between = |sums: &Prefix| sums[end] - sums[first];
         let samples = f64::from(self.micro_batches[size] / of.replicas);
         let overhead = self.instance.pools[of.pool].overhead_bytes[of.degree_index];
-        let state = between(&held.state) + between(&held.optimizer) / self.shards;
+        let state = between(&held.state) + between(&held.optimizer) / self.shards.get();
         let kept = if of.recompute {
             let working = held.largest[first * (self.num_layers + 1) + end];
             in_flight * between(&held.recompute) + working

@@ -1,7 +1,7 @@
 //! What must hold of any search.
 
 use hgct_planner::instance::{Curve, Instance, Rules, check, price};
-use hgct_planner::wide::{Effort, find};
+use hgct_planner::wide::{Bound, Effort, find};
 
 use crate::cases::{Size, instance};
 
@@ -58,10 +58,13 @@ fn more_bandwidth_never_slows_the_plan() {
 
 #[test]
 fn other_rules_are_searched_and_bounded_too() {
-    for seed in 300..340 {
+    for seed in 300..700 {
         let mut instance = instance(seed, SMALL);
         instance.rules = Rules::hierarchical();
-        step(&instance);
+        let Some(step) = step(&instance) else { continue };
+        // What is the optimum is not beaten by the reasoning alone, however much is asked of it.
+        let bound = Bound::up_to(&instance, 3.0 * step);
+        assert!(bound.seconds <= step * (1.0 + 1e-9), "seed {seed}: {bound:?} beaten by {step}");
     }
 }
 

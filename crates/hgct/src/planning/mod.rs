@@ -13,7 +13,7 @@ use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
 use hgct_core::plan::Plan;
 use hgct_planner::answer::{Answer, Basis, Expected, Why, compare, limited_by, shortage, why};
-use hgct_planner::instance::{Instance, Layout, Priced, lost_nodes, price};
+use hgct_planner::instance::{Instance, Layout, Priced, Schedule, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
 use hgct_planner::{Planned, executable};
 use serde_json::{Value, json};
@@ -111,6 +111,9 @@ pub(crate) struct Large {
     /// Samples a micro-batch may have, such as 1,2,4 [default: 1 to 16 by twos]
     #[arg(long, value_name = "N,…", value_delimiter = ',', requires = "model")]
     micro_batches: Vec<u32>,
+    /// Schedules that pipelines may have beside 1f1b: zero-bubble, interleaved-2, … [default: zero-bubble]
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', requires = "model", conflicts_with_all = ["tables", "profile"])]
+    schedules: Vec<Schedule>,
     /// Search for this long, and print the best plan and how far from the best possible it may be
     #[arg(long, value_name = "SECONDS", requires = "model", allow_negative_numbers = true)]
     time_limit: Option<f64>,

@@ -148,7 +148,11 @@ fn from_catalogue(
     }
     let precision = Precision::of(args.precision);
     let workload = Workload { architecture, seq_len, global_batch, precision };
-    let of = |case| estimate(topology, &groups, &workload, Rules::hierarchical(), case);
+    let mut rules = Rules::hierarchical();
+    if !args.schedules.is_empty() {
+        rules.schedules.clone_from(&args.schedules);
+    }
+    let of = |case| estimate(topology, &groups, &workload, rules.clone(), case);
     let peak = |group: &ResolvedGroup<'_>| {
         group.accelerator.peak_flops_per_s.get(&args.precision).map_or(0.0, |figure| figure.value)
     };

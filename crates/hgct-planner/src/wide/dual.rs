@@ -1,0 +1,186 @@
+//! What no set of pipelines can beat, by prices.
+//!
+//! Let a step take T seconds of which every device has X for its exchange. For prices λ of a device of
+//! each pool, ν of a device-second of exchange and ω of a pipeline, with
+//! `Σ λ n + ν E + ω R = batch`, pipelines that each do fewer samples than their prices do not reach
+//! the batch; so `T − X` is at least that of the cheapest pipeline ([`super::chain`]). The best prices
+//! are found by cutting planes (Kelley 1960): each cheapest pipeline is a row of a small linear
+//! programme. Whatever prices come out, the bound is valid.
+//!
+//! X is not known, so it is divided into intervals: at least the lower end for the time that is lost,
+//! at most the upper end for what may be exchanged. What a layout must exchange (`E`, or the largest
+//! stage) is in [`Exchanges`].
+
+use crate::bound::maximise;
+use crate::instance::{Instance, Schedule};
+
+use super::Meter;
+use super::chain::{Chains, Cheapest, Holding, Market};
+use super::table::Table;
+
+/// What is known of a layout in one case.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Case {
+    /// Device-seconds of exchange of all pipelines at most.
+    pub(crate) exchange: Option<f64>,
+    /// Pipelines at most.
+    pub(crate) pipelines: Option<f64>,
+    /// Gradient bytes of a stage at most, divided by its degree.
+    pub(crate) largest: f64,
+}
+
+/// Rows of the linear programme, kept from case to case: they hold in all that allow the same stages.
+pub(crate) struct Dual<'t, 'a, 'm> {
+    instance: &'a Instance,
+    chains: Vec<Chains<'t, 'a>>,
+    rows: Vec<(f64, Cheapest)>,
+    /// Longest pace that is of interest.
+    longest: f64,
+    meter: &'t mut Meter<'m>,
+}
+
+/// Seconds at least, chains, interval of paces, and the pipeline once it was asked for.
+type Open = (f64, usize, (f64, f64), Option<Cheapest>);
+
+/// Prices, as parts of the batch: all devices of each pool, all exchange, all pipelines.
+type Shares = Vec<f64>;
+
+impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
+    pub(crate) fn new(
+        table: &'t Table<'a>,
+        schedules: &[Schedule],
+        holding: Holding,
+        longest: f64,
+        meter: &'t mut Meter<'m>,
+    ) -> Self {
+        let sizes = 0..table.micro_batches.len();
+        let chains = sizes
+            .flat_map(|size| {
+                schedules.iter().map(move |schedule| Chains::new(table, size, *schedule, holding))
+            })
+            .filter(|chains| !chains.is_empty())
+            .collect();
+        Self { instance: table.instance, chains, rows: Vec::new(), longest, meter }
+    }
+
+    /// Seconds that pipelines of the case take at least; no more than `enough`, which is reason to
+    /// stop. `shares` are the first prices, and the last ones afterwards.
+    pub(crate) fn seconds(&mut self, case: Case, enough: f64, rounds: u32, shares: &mut Shares) -> f64 {
+        let mut best = 0.0f64;
+        if self.rows.len() > 8 {
+            self.solve(case, shares);
+        }
+        for _ in 0..rounds {
+            let Some(found) = self.cheapest(case, shares, enough) else { break };
+            best = best.max(found);
+            if best >= enough {
+                break;
+            }
+            let most = self.solve(case, shares);
+            if most - best < 0.002 * most {
+                break;
+            }
+        }
+        best.min(enough)
+    }
+
+    /// Units of a share: what is there of each resource, a sample of the batch.
+    fn units(&self, case: Case) -> Vec<f64> {
+        let batch = f64::from(self.instance.global_batch);
+        let pools = self.instance.pools.iter().map(|pool| pool.num_devices() as f64);
+        pools
+            .chain([case.exchange.unwrap_or(f64::INFINITY), case.pipelines.unwrap_or(f64::INFINITY)])
+            .map(|there| batch / there.max(1e-12))
+            .collect()
+    }
+
+    /// The least seconds of any pipeline at these prices, which becomes a row; infinite if there is
+    /// none, `None` when out of nodes.
+    /// Intervals of paces are halved, the most promising first, until they are narrow.
+    fn cheapest(&mut self, case: Case, shares: &Shares, enough: f64) -> Option<f64> {
+        let units = self.units(case);
+        let pools = self.instance.pools.len();
+        let priced: Vec<f64> = shares.iter().zip(&units).map(|(share, unit)| share * unit).collect();
+        let market = Market {
+            devices: priced[..pools].to_vec(),
+            exchange: priced[pools],
+            pipeline: priced[pools + 1],
+            largest: case.largest,
+        };
+        let mut open: Vec<Open> = Vec::new();
+        for (at, chains) in self.chains.iter().enumerate() {
+            let mut low = chains.least_pace().max(self.longest * 1e-6);
+            while low < self.longest {
+                let high = (low * FIRST).min(self.longest * (1.0 + 1e-9));
+                open.push((chains.at_least(&market, (low, high)), at, (low, high), None));
+                low = high;
+            }
+        }
+        while let Some(at) = (0..open.len()).min_by(|a, b| open[*a].0.total_cmp(&open[*b].0)) {
+            let (seconds, of, (low, high), found) = open.swap_remove(at);
+            let chains = &self.chains[of];
+            let Some(found) = found else {
+                if seconds.is_finite() {
+                    self.meter.spend(chains.work())?;
+                    if let Some(found) = chains.cheapest(&market, (low, high)) {
+                        open.push((found.seconds.max(seconds), of, (low, high), Some(found)));
+                    }
+                }
+                continue;
+            };
+            if high < low * NARROW || seconds >= enough {
+                self.rows.push((case.largest, found));
+                return Some(seconds);
+            }
+            let middle = (low * high).sqrt();
+            for span in [(low, middle), (middle, high)] {
+                open.push((chains.at_least(&market, span).max(seconds), of, span, None));
+            }
+        }
+        Some(f64::INFINITY)
+    }
+
+    /// The best prices for the rows that are known, with their seconds.
+    fn solve(&self, case: Case, shares: &mut Shares) -> f64 {
+        let units = self.units(case);
+        let pools = self.instance.pools.len();
+        // Variables: seconds above the least constant, then shares.
+        let rows: Vec<&Cheapest> =
+            self.rows.iter().filter(|(largest, _)| *largest <= case.largest).map(|(_, row)| row).collect();
+        let least = rows.iter().map(|row| row.fixed).fold(0.0, f64::min);
+        let mut lines = Vec::with_capacity(rows.len() + 1);
+        for row in rows {
+            let mut line = vec![1.0];
+            line.extend(row.devices.iter().zip(&units).map(|(n, unit)| -row.weight * n * unit));
+            line.push(if case.exchange.is_some() { -row.weight * row.exchange * units[pools] } else { 0.0 });
+            line.push(if case.pipelines.is_some() { -row.weight * units[pools + 1] } else { 0.0 });
+            lines.push((line, row.fixed - least));
+        }
+        let mut sum = vec![1.0; pools + 3];
+        sum[0] = 0.0;
+        lines.push((sum, 1.0));
+        let mut goal = vec![0.0; pools + 3];
+        goal[0] = 1.0;
+        let solution = maximise(&goal, lines);
+        shares.clear();
+        shares.extend(solution[1..].iter().map(|share| share.max(0.0)));
+        if case.exchange.is_none() {
+            shares[pools] = 0.0;
+        }
+        if case.pipelines.is_none() {
+            shares[pools + 1] = 0.0;
+        }
+        let sum: f64 = shares.iter().sum();
+        if sum > 0.0 {
+            for share in shares.iter_mut() {
+                *share /= sum;
+            }
+        }
+        solution[0] + least
+    }
+}
+
+/// Ratio of the ends of a first interval of paces.
+const FIRST: f64 = 2.0;
+/// Ratio below which an interval is not halved.
+const NARROW: f64 = 1.01;
