@@ -34,6 +34,7 @@ pub use bound::Bound;
 use bound::schedules;
 pub use meter::Effort;
 pub(crate) use meter::Meter;
+pub(crate) use program::gcd;
 pub use replan::{Replan, Way, replan};
 
 use exact::Exact;

@@ -1,6 +1,7 @@
 //! Whether any number of micro-batches gives the global batch.
 
 use crate::instance::Instance;
+use crate::wide::gcd;
 use crate::{Error, Result};
 
 /// Every pipeline takes whole micro-batches of one of the known sizes, so the global batch must be a
@@ -40,8 +41,4 @@ fn reachable(batch: u32, sizes: &[u32]) -> bool {
         sums[at] = sizes.iter().any(|size| at >= *size as usize && sums[at - *size as usize]);
     }
     sums[batch as usize]
-}
-
-fn gcd(a: u32, b: u32) -> u32 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -84,7 +84,7 @@ pub(crate) fn whole(
     let mut counts = vec![0u32; columns.len()];
     let mut left = limits.to_vec();
     let units: Vec<u64> = (0..limits.len())
-        .map(|pool| order.iter().fold(0, |unit, c| gcd(unit, u64::from(columns[*c].used[pool]))).max(1))
+        .map(|pool| u64::from(order.iter().fold(0, |unit, c| gcd(unit, columns[*c].used[pool])).max(1)))
         .collect();
     let states = |left: &[u64]| -> u64 {
         left.iter().zip(&units).fold(1, |all: u64, (n, unit)| all.saturating_mul(n / unit + 1))
@@ -118,7 +118,8 @@ pub(crate) fn whole(
     Some(counts)
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
+/// The greatest common divisor; of nothing (0) and a number, the number.
+pub(crate) fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 

@@ -23,8 +23,6 @@ const QUOTAS: [(&str, u32, u32); 4] =
 const MAX_MICRO_BATCHES: u32 = 64;
 /// Global batches to choose from: a step of these takes ten to twenty seconds.
 const BATCHES: std::ops::RangeInclusive<u32> = 128..=176;
-/// The job's largest size: batches are multiples of it, so that the forced pipeline can use it.
-const LARGEST_MICRO_BATCH: usize = 8;
 
 /// What is compared.
 pub(super) struct Candidate {
@@ -62,7 +60,9 @@ pub(super) fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
 /// The global batch whose plan is nearest to what the devices could compute.
 pub(super) fn divided_best(loaded: &LoadedJob, cluster: &ClusterSpec, profile: &Profile) -> u32 {
     let mut best: Option<(f64, u32)> = None;
-    for global_batch in BATCHES.step_by(LARGEST_MICRO_BATCH) {
+    // Multiples of the largest micro-batch, so that the forced pipeline can use it.
+    let largest = loaded.job.policy.micro_batches.iter().max().copied().unwrap_or(1);
+    for global_batch in BATCHES.filter(|batch| batch.is_multiple_of(largest)) {
         let mut job = loaded.job.clone();
         job.recipe.global_batch = global_batch;
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
