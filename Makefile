@@ -1,10 +1,11 @@
 # Every command sets up what it needs first; nothing has to be exported or edited.
 PYTHON ?= python3
 
-.PHONY: help quickstart test soak bench set-up clean-hgct
+.PHONY: help quickstart vulkan test soak bench set-up clean-hgct
 
 help:
 	@echo "make quickstart [DATA=PATH]   set up what is missing, then train one model on every kind of device here"
+	@echo "make vulkan                   build the worker without Python, for Vulkan adapters (10 to 15 minutes, once)"
 	@echo "make test                     build and run all tests"
 	@echo "make soak                     the long randomised tests (kills at random moments, 500 times)"
 	@echo "make bench                    measure the efficiency of training (root needed)"
@@ -13,6 +14,9 @@ help:
 
 quickstart:
 	@$(PYTHON) scripts/set_up.py train examples/quickstart/job.toml --plain-loops $(if $(DATA),--data '$(DATA)')
+
+vulkan:
+	@$(PYTHON) scripts/vulkan.py
 
 test:
 	@$(PYTHON) scripts/test.py

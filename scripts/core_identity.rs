@@ -1,11 +1,13 @@
-// Included by build scripts: what the command and a worker's wheel must have in common.
+// Included by build scripts: what the command and its workers must have in common.
 
-/// Crates of which both the command and the wheel consist and whose meaning both must share.
+/// Crates of which the command, the wheel and the worker without Python consist and whose meaning all must share.
 const CORE: [&str; 7] = ["core", "collective", "control", "comm", "checkpoint", "data", "worker"];
 
 /// A name for the sources of the core: the same for the same text, wherever and however it is built.
 fn core_identity() -> String {
-    let crates = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut above = here.ancestors().map(|folder| folder.join("crates"));
+    let crates = above.find(|folder| folder.join("hgct-core").exists()).unwrap_or_default();
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut mix = |bytes: &[u8]| {
         for byte in bytes.iter().chain(&[0]) {

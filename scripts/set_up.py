@@ -28,10 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".hgct"
 # Free disk that a build of the command and the wheel takes.
 BUILD_BYTES = 1_500_000_000
+# The same for the worker without Python.
+NATIVE_BYTES = 3_000_000_000
 # A line at least this often while something runs.
 LINE_EVERY_SECONDS = 20
 # The crates that do not go into the wheel.
 NOT_IN_WHEEL = {"hgct"}
+# The worker without Python, in a workspace of its own.
+NATIVE_WORKSPACE = ROOT / "worker-burn"
+NATIVE = STATE / "bin" / "hgct-worker-burn"
 
 PRINTING = threading.Lock()
 
@@ -80,6 +85,9 @@ def set_up() -> Path:
         raise Failure("no environment stands: see the lines above for what each needs")
     if wheel != known and not install_environments(wheel, told=lambda _: None):
         raise Failure("the wheel could be installed into no environment: see `unusable` in .hgct/environments.toml")
+    if NATIVE.exists():
+        # Only who has it gets it anew: its first build takes minutes.
+        build_native()
     say("set-up", f"done after {time.monotonic() - begin:.1f} s")
     return target_folder() / "release" / "hgct"
 
@@ -253,12 +261,68 @@ def sources_hash() -> str:
     files += [ROOT / "environments" / "build.txt"]
     for crate in (ROOT / "crates").iterdir():
         if crate.name not in NOT_IN_WHEEL:
-            files += [crate / "Cargo.toml", *(path for path in (crate / "src").rglob("*") if path.is_file())]
+            files += crate_files(crate)
     files += (ROOT / "python" / "hgct").rglob("*.py")
+    return hash_of(files)
+
+
+def native_sources_hash() -> str:
+    """Hash over the content of all that the worker without Python is made from."""
+    files = [ROOT / "Cargo.toml", ROOT / "rust-toolchain.toml", ROOT / "scripts" / "core_identity.rs"]
+    files += [NATIVE_WORKSPACE / "Cargo.lock", NATIVE_WORKSPACE / "build.rs"]
+    files += crate_files(NATIVE_WORKSPACE)
+    for crate in (ROOT / "crates").iterdir():
+        if crate.name not in NOT_IN_WHEEL | {"hgct-py", "hgct-planner"}:
+            files += crate_files(crate)
+    return hash_of(files)
+
+
+def crate_files(crate: Path) -> list[Path]:
+    return [crate / "Cargo.toml", *(path for path in (crate / "src").rglob("*") if path.is_file())]
+
+
+def hash_of(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)} {sha256(path.read_bytes())}\n".encode())
     return digest.hexdigest()
+
+
+def build_native() -> Path:
+    """Builds the worker without Python where its sources have changed; answers with its path."""
+    stamp_file = NATIVE.parent / "sources.sha256"
+    wanted = native_sources_hash()
+    if NATIVE.exists() and stamp_file.exists() and stamp_file.read_text() == wanted:
+        return NATIVE
+    begin = time.monotonic()
+    target = native_target()
+    first = not (target / "release" / "deps").exists()
+    free = shutil.disk_usage(ROOT).free
+    if first and free < NATIVE_BYTES:
+        raise Failure(f"building needs {NATIVE_BYTES / 1e9:.1f} GB of free disk, {free / 1e9:.1f} GB is left under {ROOT}")
+    expected = "10 to 15 minutes on two cores, once" if first else "under a minute"
+    say("vulkan", f"cargo build --release in {NATIVE_WORKSPACE.name} ({expected})")
+    counter = Counter("vulkan")
+    call = ["cargo", "build", "--locked", *native_options()]
+    if run(call, counter.line, folder=NATIVE_WORKSPACE) != 0:
+        raise Failure(f"`{' '.join(map(str, call))}` in {NATIVE_WORKSPACE} failed: {explain(counter.kept)}")
+    NATIVE.parent.mkdir(parents=True, exist_ok=True)
+    partial = NATIVE.with_suffix(".partial")
+    shutil.copy2(target / "release" / NATIVE.name, partial)
+    partial.replace(NATIVE)
+    stamp_file.write_text(wanted)
+    say("vulkan", f"{counter.compiled} crates compiled in {time.monotonic() - begin:.0f} s: {NATIVE}")
+    return NATIVE
+
+
+def native_target() -> Path:
+    """Where the worker without Python is built: with others its hundreds of crates would be in the way."""
+    return target_folder() / "vulkan"
+
+
+def native_options() -> list:
+    """With the same in every call nothing is compiled a second time."""
+    return ["--release", "--target-dir", native_target()]
 
 
 def target_folder() -> Path:
@@ -275,10 +339,10 @@ def target_folder() -> Path:
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def run(call: list, told, variables: dict | None = None) -> int:
+def run(call: list, told, variables: dict | None = None, folder: Path = ROOT) -> int:
     """Runs a command in the repository; `told` hears each of its lines. Answers with the exit code."""
     process = subprocess.Popen(
-        list(map(str, call)), cwd=ROOT, env=variables, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        list(map(str, call)), cwd=folder, env=variables, text=True, errors="replace", stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     with process.stdout as lines:

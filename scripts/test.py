@@ -33,6 +33,7 @@ def main() -> int:
             "set-up": [sys.executable, PYTHON_TESTS / "test_environments.py"],
             "engines": [sys.executable, PYTHON_TESTS / "test_engines.py"],
             "export": [export or sys.executable, PYTHON_TESTS / "test_export.py", "-v"],
+            **native_tests(),
             # Last, so that the lines of its runner stand at the end.
             "Rust": ["cargo", "test", "--locked", "--workspace", "--no-fail-fast", *sys.argv[1:]],
         }
@@ -42,6 +43,14 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def native_tests() -> dict[str, list]:
+    """The tests of the worker without Python, where `make vulkan` was run."""
+    if not set_up.NATIVE.exists():
+        return {}
+    call = ["cargo", "test", "--locked", *set_up.native_options(), "--no-fail-fast"]
+    return {"vulkan": [*call, "--manifest-path", set_up.NATIVE_WORKSPACE / "Cargo.toml"]}
 
 
 def export_environment():

@@ -54,6 +54,13 @@ pub trait Engine {
     /// living process. Parameters are undefined until imported.
     fn load(&mut self, stages: &[StageLoad]) -> Result<()>;
 
+    /// Prepares a loaded stage for micro-batches of `samples` sequences of `seq_len` tokens, such as
+    /// by compiling its kernels, so that the first step takes no longer than others. Parameters are
+    /// still undefined, and nothing of it may count. By default there is nothing to prepare.
+    fn warm_up(&mut self, _stage: StageId, _samples: u64, _seq_len: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// Copies parameters in. `name` of a lease is the tensor's; its rows begin at `first_row` of
     /// the tensor.
     fn import(&mut self, stage: StageId, rows: &[ImportRows]) -> Result<()>;

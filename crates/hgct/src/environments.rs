@@ -2,6 +2,9 @@
 //!
 //! Written by `scripts/environments.py` into `.hgct/environments.toml`, or by hand. No command,
 //! path or variable ever comes over the wire: an order names a row of this table.
+//!
+//! The worker without Python needs no row: where its program lies in `.hgct/bin` or beside `hgct`,
+//! the table has one for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -13,11 +16,22 @@ use hgct_core::ids::EnvironmentId;
 use hgct_core::suggest;
 use serde::{Deserialize, Serialize};
 
-use crate::vendors::ENGINES;
+use crate::vendors::{ENGINES, NATIVE};
+
+/// The program of the worker without Python.
+const NATIVE_PROGRAM: &str = "hgct-worker-burn";
+/// Limits the threads of a software adapter (Mesa's lavapipe).
+const NATIVE_THREADS: &str = "LP_NUM_THREADS";
 
 /// Variables of our own process that others get; all else is the table's.
 const INHERITED: [&str; 10] =
     ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"];
+
+/// Mesa's layer that reorders adapters asks a desktop which one it uses; a worker names its own.
+const NATIVE_VARIABLES: [(&str, &str); 1] = [("NODEVICE_SELECT", "1")];
+/// Which drivers the worker without Python may load: what the Vulkan loader reads.
+const LOADER: [&str; 4] =
+    ["VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_LOADER_DRIVERS_SELECT", "VK_LOADER_DRIVERS_DISABLE"];
 
 /// Result of this module.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
@@ -26,8 +40,11 @@ pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(crate) enum Error {
-    /// There is no table.
-    #[error("{path}: there is no table of environments: run `python3 scripts/environments.py` first")]
+    /// There is no table, and no worker that needs none.
+    #[error(
+        "{path}: there is no table of environments: run `python3 scripts/environments.py` first (or `make \
+         vulkan`, for a worker without Python)"
+    )]
     Missing {
         /// Where it was looked for.
         path: PathBuf,
@@ -51,7 +68,7 @@ pub(crate) struct Environments {
     rows: Vec<Environment>,
 }
 
-/// One interpreter with its packages and variables.
+/// One interpreter with its packages and variables, or the worker that needs none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Environment {
@@ -59,7 +76,7 @@ pub(crate) struct Environment {
     pub(crate) name: EnvironmentId,
     /// The engine in it.
     pub(crate) engine: String,
-    /// The real interpreter, absolute.
+    /// The real interpreter, absolute; of the worker without Python its program.
     pub(crate) interpreter: PathBuf,
     /// Its version.
     #[serde(default)]
@@ -104,13 +121,29 @@ impl Environment {
         Hash::of(self)
     }
 
+    /// Whether it is the worker without Python.
+    pub(crate) fn is_native(&self) -> bool {
+        self.engine == NATIVE
+    }
+
+    /// A worker in it, ready to start.
+    pub(crate) fn worker(&self, overlay: &BTreeMap<String, String>, threads: u32) -> Command {
+        let mut command = self.command(overlay, threads);
+        if !self.is_native() {
+            command.args(["-m", "hgct.worker"]);
+        }
+        command
+    }
+
     /// Its interpreter, ready for arguments: nothing of our own process's variables but
     /// [`INHERITED`], then those of the record, `overlay`, the threads and the preloads.
     pub(crate) fn command(&self, overlay: &BTreeMap<String, String>, threads: u32) -> Command {
         let mut command = Command::new(&self.interpreter);
         // Not the current folder: what lies there must not stand in for a package.
         command.env_clear().current_dir("/");
-        command.envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        let loader: &[&str] = if self.is_native() { &LOADER } else { &[] };
+        let inherited = INHERITED.iter().chain(loader);
+        command.envs(inherited.filter_map(|name| Some((name, std::env::var_os(name)?))));
         command.envs(&self.variables).envs(overlay);
         command.envs(self.thread_variables.iter().map(|name| (name, threads.to_string())));
         if !self.preload.is_empty() {
@@ -122,13 +155,24 @@ impl Environment {
 }
 
 impl Environments {
-    /// Reads and validates the table at `path`.
+    /// Reads and validates the table at `path`, and adds the worker without Python where it is
+    /// installed and has no row.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
-            _ => Error::Read { path: path.to_owned(), source },
-        })?;
-        Self::parse(&path.display().to_string(), &text)
+        let program = native_program(path.parent());
+        let mut table = match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&path.display().to_string(), &text)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && program.is_some() => {
+                Self::default()
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::Missing { path: path.to_owned() });
+            }
+            Err(source) => return Err(Error::Read { path: path.to_owned(), source }),
+        };
+        if let Some(program) = program.filter(|_| !table.rows.iter().any(Environment::is_native)) {
+            table.rows.push(native(program)?);
+        }
+        Ok(table)
     }
 
     /// Parses and validates a table; `file` is only named in errors.
@@ -172,6 +216,34 @@ impl Environments {
     pub(crate) fn get(&self, name: &EnvironmentId) -> Option<&Environment> {
         self.rows.iter().find(|row| row.name == *name)
     }
+}
+
+/// Where the worker without Python is installed: under the table's folder, or beside this program.
+fn native_program(folder: Option<&Path>) -> Option<PathBuf> {
+    let here = std::env::current_exe().ok().and_then(|program| Some(program.parent()?.to_owned()));
+    let folders = folder.map(|folder| folder.join("bin")).into_iter().chain(here);
+    // Absolute, as every program of a table: a worker starts elsewhere.
+    folders.map(|folder| folder.join(NATIVE_PROGRAM)).find_map(|path| path.canonicalize().ok())
+}
+
+/// The row of the worker without Python. Its size and time stand for its content.
+fn native(program: PathBuf) -> Result<Environment> {
+    let about = program.metadata().map_err(|source| Error::Read { path: program.clone(), source })?;
+    let since = about.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    Ok(Environment {
+        name: EnvironmentId::new(NATIVE)?,
+        engine: NATIVE.into(),
+        interpreter: program,
+        python_version: String::new(),
+        framework: NATIVE.into(),
+        framework_version: String::new(),
+        lock_hash: format!("{}-{}", about.len(), since.map_or(0, |since| since.as_nanos())),
+        wheel_hash: String::new(),
+        thread_variables: vec![NATIVE_THREADS.into()],
+        preload: Vec::new(),
+        unusable: None,
+        variables: NATIVE_VARIABLES.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+    })
 }
 
 #[cfg(test)]
@@ -243,6 +315,26 @@ unusable = "no disk"
         assert_eq!((of("X").as_deref(), of("OMP_WAIT_POLICY").as_deref()), (Some("1"), Some("PASSIVE")));
         // Cargo sets this one for every test.
         assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some() && of("CARGO_MANIFEST_DIR").is_none());
+    }
+
+    #[test]
+    fn the_worker_without_python_needs_no_row() {
+        let folder = tempfile::tempdir().unwrap();
+        let table = folder.path().join("environments.toml");
+        std::fs::create_dir(folder.path().join("bin")).unwrap();
+        let program = folder.path().join("bin").join(NATIVE_PROGRAM);
+        std::fs::write(&program, "").unwrap();
+        let alone = Environments::read(&table).unwrap();
+        let names: Vec<_> = alone.iter().map(|row| row.name.as_str()).collect();
+        assert_eq!(names, ["burn"]);
+        let command = alone.rows[0].worker(&BTreeMap::new(), 2);
+        assert_eq!(command.get_args().count(), 0);
+        assert!(command.get_program() == program.canonicalize().unwrap());
+        // Another build of it is another environment.
+        std::fs::write(&program, "x").unwrap();
+        assert_ne!(Environments::read(&table).unwrap().rows[0].hash(), alone.rows[0].hash());
+        std::fs::write(&table, TABLE).unwrap();
+        assert_eq!(Environments::read(&table).unwrap().rows.len(), 3);
     }
 
     #[test]

@@ -16,12 +16,18 @@ use hgct_core::model::ModelSpec;
 use hgct_core::profile::{DeviceProfile, LinkProfile, Profile};
 
 use crate::session::{Inventory, Session, isolation, with_grants};
+use crate::vendors::NATIVE;
 use crate::workspace::Workspace;
 
 /// Time for the conformance suite of one device.
 const CHECK_BUDGET: Duration = Duration::from_secs(55);
 /// Time for the measurement of one device.
 const PROFILE_BUDGET: Duration = Duration::from_secs(45);
+
+/// Part of a core that these times are meant for; software adapters with less get more time.
+const BUDGET_MILLICORES: u32 = 400;
+/// So many times as much at most: a hanging device must be told some time.
+const LARGEST_BUDGET: f64 = 4.0;
 
 /// Raised when kept results mean something else.
 const CACHE_FORMAT: u32 = 2;
@@ -177,12 +183,13 @@ impl Fleet {
             }
         }
         if !unknown.is_empty() {
-            eprintln!("check: {} devices side by side, up to a minute", unknown.len());
+            let budget = budget(CHECK_BUDGET, &unknown);
+            eprintln!("check: {} devices side by side, up to {} s", unknown.len(), budget.as_secs() + 5);
             self.start(session, &unknown)?;
             self.hold(session)?;
             unknown.retain(|device| self.cluster.device(&device.id).is_some());
             let started = Instant::now();
-            let (fresh, failed) = session.check(&unknown, CHECK_BUDGET, &mut |report| {
+            let (fresh, failed) = session.check(&unknown, budget, &mut |report| {
                 eprintln!(
                     "check: {}: {} after {:.0} s",
                     report.device,
@@ -245,12 +252,11 @@ impl Fleet {
             }
         }
         if !unknown.is_empty() {
-            let seconds = choices.profile_budget.as_secs();
-            eprintln!("profile: {} devices side by side, about {seconds} s", unknown.len());
+            let budget = budget(choices.profile_budget, &unknown);
+            eprintln!("profile: {} devices side by side, about {} s", unknown.len(), budget.as_secs());
             self.start(session, &unknown)?;
             self.hold(session)?;
-            let (fresh, failed) =
-                session.profile(&unknown, model, seq_len, &micro_batches, choices.profile_budget)?;
+            let (fresh, failed) = session.profile(&unknown, model, seq_len, &micro_batches, budget)?;
             for row in fresh {
                 if let Some(device) = unknown.iter().find(|device| device.id == row.device) {
                     workspace.keep("profile", &key(device, self), &row)?;
@@ -340,6 +346,13 @@ fn why_unusable<'a>(unusable: &'a [(NodeId, UnusableDevice)], device: &DeviceId)
 pub(crate) struct UnknownDevice {
     device: DeviceId,
     known: String,
+}
+
+/// `usual`, or longer where a software adapter has a small part of a core.
+fn budget(usual: Duration, devices: &[DeviceSpec]) -> Duration {
+    let software = devices.iter().filter(|device| device.engine == NATIVE && device.host_resource == "cpu");
+    let least = software.map(|device| device.grant.cpu_millicores).min().unwrap_or(u32::MAX).max(1);
+    usual.mul_f64((f64::from(BUDGET_MILLICORES) / f64::from(least)).clamp(1.0, LARGEST_BUDGET))
 }
 
 /// The micro-batch sizes to measure: the policy's, else up to three that a global batch allows.

@@ -12,7 +12,7 @@ use hgct_core::suggest;
 use serde::{Deserialize, Serialize};
 
 /// The files that are built into the binary, in the order in which they are tried.
-const BUILT_IN: [(&str, &str); 14] = [
+const BUILT_IN: [(&str, &str); 15] = [
     ("vendors/cpu.toml", include_str!("../../../vendors/cpu.toml")),
     ("vendors/nvidia.toml", include_str!("../../../vendors/nvidia.toml")),
     ("vendors/amd.toml", include_str!("../../../vendors/amd.toml")),
@@ -27,10 +27,14 @@ const BUILT_IN: [(&str, &str); 14] = [
     ("vendors/hygon.toml", include_str!("../../../vendors/hygon.toml")),
     ("vendors/kunlunxin.toml", include_str!("../../../vendors/kunlunxin.toml")),
     ("vendors/enflame.toml", include_str!("../../../vendors/enflame.toml")),
+    ("vendors/vulkan.toml", include_str!("../../../vendors/vulkan.toml")),
 ];
 
 /// Engines that a vendor file may name.
-pub(crate) const ENGINES: [&str; 4] = ["torch", "jax", "paddle", "mlx"];
+pub(crate) const ENGINES: [&str; 5] = ["torch", "jax", "paddle", "mlx", NATIVE];
+
+/// The engine whose worker is a program of its own, without Python.
+pub(crate) const NATIVE: &str = "burn";
 
 /// What a column of a tool's output can hold.
 const COLUMNS: [&str; 6] = ["index", "uuid", "pci", "name", "memory-mib", "driver"];
@@ -83,6 +87,8 @@ pub(crate) struct Vendor {
 pub(crate) struct Recognition {
     /// The hardware is the host's processor.
     pub(crate) processor: bool,
+    /// The hardware is whatever adapters the engine's own worker lists, of any maker.
+    pub(crate) adapters: bool,
     /// The kernel driver is loaded when one of these is there.
     pub(crate) driver_files: Vec<String>,
     /// It is another vendor's hardware when one of these is there.
@@ -121,7 +127,7 @@ pub(crate) struct Tool {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct EngineUse {
-    /// `torch`, `jax`, `paddle` or `mlx`.
+    /// `torch`, `jax`, `paddle`, `mlx` or `burn`.
     pub(crate) engine: String,
     /// Python modules to import after the framework: the vendor's plug-in.
     #[serde(default)]
@@ -190,7 +196,7 @@ impl Vendor {
         }
         let found = &self.recognise;
         let signs = found.driver_files.len() + found.card_files.len() + found.pci_vendors.len();
-        if signs == 0 && !found.processor {
+        if signs == 0 && !found.processor && !found.adapters {
             return Err(bad(
                 file,
                 "recognise",
@@ -291,10 +297,10 @@ mod tests {
         for (vendor, (file, _)) in vendors.iter().zip(BUILT_IN) {
             assert_eq!(format!("vendors/{}.toml", vendor.name), file);
         }
-        assert_eq!(vendors.len(), 14);
+        assert_eq!(vendors.len(), 15);
         // Only what was seen may claim to be verified.
         let verified: Vec<_> = vendors.iter().filter(|v| v.verified != "never").map(|v| &v.name).collect();
-        assert_eq!(verified, ["cpu"]);
+        assert_eq!(verified, ["cpu", "vulkan"]);
     }
 
     #[test]
@@ -311,9 +317,9 @@ mod tests {
         std::fs::write(folder.path().join("b.toml"), SMALL).unwrap();
         std::fs::write(folder.path().join("note.txt"), "not a vendor").unwrap();
         let vendors = load(Some(folder.path())).unwrap();
-        assert_eq!(vendors.len(), 15);
+        assert_eq!(vendors.len(), 16);
         assert_eq!(vendors[1].title, "X");
-        assert_eq!(vendors[14].name, "x");
+        assert_eq!(vendors[15].name, "x");
     }
 
     #[test]
@@ -325,7 +331,7 @@ mod tests {
         );
         assert_eq!(
             error(&SMALL.replace("\"torch\"", "\"troch\"")),
-            "x.toml: `engine.engine` is \"troch\", but must be one of torch, jax, paddle, mlx (did you mean `torch`?)"
+            "x.toml: `engine.engine` is \"troch\", but must be one of torch, jax, paddle, mlx, burn (did you mean `torch`?)"
         );
         assert!(error(&SMALL.replace("/dev/x", "dev/x")).contains("absolute paths"));
         assert!(error(&SMALL.replace("format = 1", "format = 2")).contains("`format` is 2"));

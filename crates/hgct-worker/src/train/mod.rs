@@ -100,6 +100,11 @@ impl Trainer {
             })
             .collect();
         engine.load(&loads)?;
+        for load in &loads {
+            for pipeline in plan.pipelines.iter().filter(|pipeline| pipeline.stages.contains(&load.stage)) {
+                engine.warm_up(load.stage, u64::from(pipeline.micro_batch), u64::from(plan.seq_len))?;
+            }
+        }
         Ok(Self {
             exchange: Exchange::new(&plan, rank),
             owned: Owned::new(&plan, rank),

@@ -313,8 +313,7 @@ impl Shell {
     /// Starts a worker's process: its id, engine and modules, or why it does not start.
     fn start(&mut self, start: &WorkerStart) -> Result<(u32, String, Vec<String>), String> {
         let (environment, detail) = self.place(start)?;
-        let mut command = environment.command(&detail.variables, start.grant.threads);
-        command.args(["-m", "hgct.worker"]);
+        let mut command = environment.worker(&detail.variables, start.grant.threads);
         if !environment.variables.contains_key(CORE_VARIABLE) {
             command.env(CORE_VARIABLE, env!("HGCT_CORE"));
         }

@@ -20,6 +20,9 @@ pub(super) fn confirm(
     if vendor.recognise.processor {
         return Ok(hardware.cards.first().cloned().unwrap_or_default());
     }
+    if vendor.recognise.adapters {
+        return adapter(vendor, seen);
+    }
     let pci = seen.pci.as_deref().and_then(normal_pci);
     let uuid = seen.uuid.as_deref().and_then(normal_uuid);
     let same = |card: &&Card| pci.is_some() && card.pci == pci || uuid.is_some() && card.uuid == uuid;
@@ -60,6 +63,21 @@ pub(super) fn confirm(
     // Where only the framework counts the cards, what it knows of them is all there is.
     let (name, memory_bytes) = (seen.name.clone(), seen.memory_bytes);
     Ok(card.unwrap_or(Card { pci, uuid, file: None, name, memory_bytes }))
+}
+
+/// An adapter is its own witness: what lists it drives it.
+fn adapter(vendor: &Vendor, seen: &Seen) -> Result<Card, String> {
+    match &seen.error {
+        Some(reason) => Err(reason.clone()),
+        None => Ok(Card {
+            pci: seen.pci.as_deref().and_then(normal_pci),
+            uuid: seen.uuid.as_deref().and_then(normal_uuid),
+            // Without a place on the bus its name is what tells it from others.
+            file: Some(if seen.software { vendor.title.clone() } else { seen.device.clone() }),
+            name: seen.name.clone(),
+            memory_bytes: seen.memory_bytes,
+        }),
+    }
 }
 
 fn has_library(vendor: &Vendor, libraries: &[String]) -> bool {

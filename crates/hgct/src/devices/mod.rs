@@ -117,18 +117,24 @@ pub(crate) fn discover(options: &Options) -> Result<Discovery> {
     let environments = Environments::read(&options.environments)?;
     let vendors = vendors::load(options.vendors.as_deref())?;
     let host = Host::look(&options.root);
-    let present: Vec<Present> = vendors
+    let mut present: Vec<Present> = vendors
         .iter()
         .filter_map(|vendor| {
             let hardware = if vendor.recognise.processor {
                 let card = Card { name: Some(host.processor.clone()), ..Card::default() };
                 Some(Hardware { cards: vec![card], driver: host.kernel.clone(), problem: None })
+            } else if vendor.recognise.adapters {
+                // Only its worker can look; where that is not installed, nothing is missed.
+                let installed = environments.iter().any(|env| vendor.engine(&env.engine).is_some());
+                installed.then(Hardware::default)
             } else {
                 hardware::find(&options.root, vendor)
             };
             hardware.map(|hardware| Present { vendor, hardware })
         })
         .collect();
+    // A card that its vendor's own stack drives is not offered again as an adapter.
+    present.sort_by_key(|here| here.vendor.recognise.adapters);
     let mut found = Findings::new(options, &host, &environments);
     let mut pairs = Vec::new();
     for here in &present {
@@ -180,19 +186,29 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
+    /// Whether the user asked for this adapter; `None`: said nothing, or it is none.
+    fn asked_for(&self, seen: &probe::Seen) -> Option<bool> {
+        let adapters = self.here.vendor.recognise.adapters;
+        adapters.then(|| asked_for(self.driven, &self.variables, seen)).flatten()
+    }
+
     fn answer(&self, options: &Options) -> Result<Answer, String> {
         let hash = self.environment.hash();
         let key = Cache::key(&hash, &(self.driven, &self.here.hardware, &self.variables));
         let name = format!("{}-{}.json", hash.short(), self.here.vendor.name);
         let cache = Cache { folder: options.cache.as_deref() };
+        // Drivers come and go without a trace in what answers are kept by, and their adapters answer
+        // within a second.
+        let keeps = !self.here.vendor.recognise.adapters;
         // Who wants an environment deleted wants it gone, whatever is kept.
-        if self.environment.interpreter.exists()
+        if keeps
+            && self.environment.interpreter.exists()
             && let Some(answer) = cache.get(&name, &key)
         {
             return Ok(answer);
         }
         let answer = probe::ask(self.environment, self.driven, &self.variables, options.deadline)?;
-        if let Err(error) = cache.put(&name, key, &answer) {
+        if keeps && let Err(error) = cache.put(&name, key, &answer) {
             eprintln!("hgct: the answer of {} is not kept: {error}", self.environment.name);
         }
         Ok(answer)
@@ -261,6 +277,12 @@ impl<'a> Findings<'a> {
                     continue;
                 }
             };
+            if pair.asked_for(seen) == Some(false) {
+                let variable = pair.driven.visibility.as_deref().unwrap_or_default();
+                let (name, reason) = (format!("{name} {}", seen.device), format!("hidden by {variable}"));
+                self.set_aside(name, Some(pair.environment), &kind, reason)?;
+                continue;
+            }
             self.offer(pair, answer, seen, &card)?;
         }
         Ok(())
@@ -272,12 +294,13 @@ impl<'a> Findings<'a> {
         let counted = self.counted.entry(environment.name.clone()).or_default();
         let id = DeviceId::new(format!("{}/{}:{counted}", self.options.node, environment.name))?;
         // Stacks on the processor share it, which grants arrange; a card has one driver.
-        let (identity, host_resource, memory_bytes) = if vendor.recognise.processor {
+        let (identity, host_resource, memory_bytes) = if vendor.recognise.processor || seen.software {
             (self.host.processor.clone(), "cpu".to_owned(), 0)
         } else {
             let identity =
                 card.identity().map_or_else(|| format!("{}#{}", vendor.name, seen.index), str::to_owned);
-            if let Some(other) = self.offered.get(&identity) {
+            let asked_for = pair.asked_for(seen) == Some(true);
+            if let Some(other) = self.offered.get(&identity).filter(|_| !asked_for) {
                 let reason = format!("{identity} is already offered as {other}");
                 let name = format!("{} {}", pair_name(pair.here, environment), seen.device);
                 return self.set_aside(name, Some(environment), kind.as_str(), reason);
@@ -308,7 +331,7 @@ impl<'a> Findings<'a> {
             grant: all,
         });
         let detail = Detail {
-            driver: pair.here.hardware.driver.clone(),
+            driver: seen.driver.clone().or_else(|| pair.here.hardware.driver.clone()),
             python: answer.python.clone(),
             modules: pair.driven.imports.clone(),
             variables: pair.variables.clone(),
@@ -341,6 +364,14 @@ impl<'a> Findings<'a> {
     fn finish(self) -> Discovery {
         Discovery { node: self.node, details: self.details, unusable: self.unusable }
     }
+}
+
+/// Whether a variable names an adapter by its vendor and device id; `None`: it is not set.
+fn asked_for(driven: &EngineUse, variables: &BTreeMap<String, String>, seen: &probe::Seen) -> Option<bool> {
+    let wanted = variables.get(driven.visibility.as_ref()?)?;
+    let ids: Vec<&str> = seen.device.split(':').skip(1).take(2).collect();
+    let ids = ids.join(":");
+    Some(wanted.split(',').any(|name| name.trim().eq_ignore_ascii_case(&ids)))
 }
 
 /// `NVIDIA in torch`: a vendor and an environment, for people.

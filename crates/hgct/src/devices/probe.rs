@@ -48,6 +48,15 @@ pub(crate) struct Seen {
     pub(crate) pci: Option<String>,
     /// Its memory, bytes, where the framework tells.
     pub(crate) memory_bytes: Option<u64>,
+    /// Version of its driver, where the framework tells.
+    #[serde(default)]
+    pub(crate) driver: Option<String>,
+    /// Whether it is a program on the processor.
+    #[serde(default)]
+    pub(crate) software: bool,
+    /// Why it cannot be used.
+    #[serde(default)]
+    pub(crate) error: Option<String>,
 }
 
 /// Asks one framework; `Err` is the reason why it cannot be used.
@@ -58,7 +67,11 @@ pub(crate) fn ask(
     deadline: Duration,
 ) -> Result<Answer, String> {
     let mut command = environment.command(variables, 1);
-    command.args(["-c", SCRIPT, &driven.engine, &driven.device]).args(&driven.imports);
+    if environment.is_native() {
+        command.arg("--probe");
+    } else {
+        command.args(["-c", SCRIPT, &driven.engine, &driven.device]).args(&driven.imports);
+    }
     let answer = run(&mut command, deadline)?;
     if let Some(error) = answer.error {
         return Err(error);

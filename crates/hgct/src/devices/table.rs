@@ -129,7 +129,11 @@ pub(super) fn text(discovery: &Discovery) -> String {
             memory,
             detail.and_then(|detail| detail.driver.clone()).unwrap_or_else(|| "-".into()),
             format!("{} {}", device.engine, device.framework_version),
-            format!("{} (Python {python})", device.environment),
+            if python.is_empty() {
+                device.environment.to_string()
+            } else {
+                format!("{} (Python {python})", device.environment)
+            },
             device.host_resource.clone(),
             format!("{:.3} cores, {}", f64::from(grant.cpu_millicores) / 1e3, gib(grant.memory_bytes)),
         ]);

@@ -237,3 +237,85 @@ fn mistakes_in_the_table_end_discovery() {
     fake.table = String::new();
     assert_eq!(discover(&fake.options()).unwrap().node.devices, []);
 }
+
+/// A worker without Python that answers with these adapters: PCI address, what is wrong.
+fn native(fake: &Fake, rows: &[&str]) {
+    fake.program(
+        "bin/hgct-worker-burn",
+        &format!(
+            "[ \"$1\" = --probe ] || exit 3\necho '{{\"version\":\"0.22.1\",\"devices\":[{}]}}'",
+            rows.join(",")
+        ),
+    );
+}
+
+const SOFTWARE: &str = r#"{"index":0,"device":"vulkan:10005:0000:0","name":"llvmpipe","uuid":null,"pci":null,
+    "memory_bytes":null,"driver":"llvmpipe 1","software":true}"#;
+const CARD: &str = r#"{"index":1,"device":"vulkan:10de:2330:0","name":"NVIDIA H100","uuid":null,
+    "pci":"0000:3b:00.0","memory_bytes":85899345920,"driver":"NVIDIA 550.54"}"#;
+const BROKEN: &str = r#"{"index":2,"device":"vulkan:8086:4680:0","name":"Intel","uuid":null,
+    "pci":"0000:00:02.0","memory_bytes":null,"error":"its driver crashed at the first kernel"}"#;
+
+#[test]
+fn adapters_are_kinds_without_a_table_and_each_says_what_is_wrong_with_it() {
+    let fake = Fake::new();
+    native(&fake, &[SOFTWARE, CARD, BROKEN]);
+    let mut options = fake.options();
+    std::fs::remove_file(&options.environments).unwrap();
+    options.vendors = None;
+    let found = discover(&options).unwrap();
+    assert_eq!(
+        kinds(&found),
+        [
+            ("vulkan-llvmpipe/burn", "burn", "vulkan:10005:0000:0"),
+            ("vulkan-nvidia-h100-80gib/burn", "burn", "vulkan:10de:2330:0"),
+        ],
+        "{:#?}",
+        found.unusable
+    );
+    let [software, card] = &found.node.devices[..] else { panic!("two devices") };
+    assert_eq!((software.host_resource.as_str(), software.identity.as_str()), ("cpu", "Test CPU"));
+    assert_eq!(card.host_resource, "0000:3b:00.0");
+    assert_eq!(found.details[&card.id].driver.as_deref(), Some("NVIDIA 550.54"));
+    let broken = found.unusable.iter().find(|one| one.name == "Vulkan in burn vulkan:8086:4680:0").unwrap();
+    assert_eq!(broken.reason, "its driver crashed at the first kernel");
+    assert!(!table::text(&found).contains("Python"));
+}
+
+#[test]
+fn a_card_that_its_own_stack_drives_is_no_second_one() {
+    let mut fake = Fake::new();
+    fake.vendor("alpha", "aa");
+    fake.environment("torch", "torch", &answer("cuda:0", Some("aa"), ""));
+    native(
+        &fake,
+        &[&CARD.replace(r#""uuid":null"#, r#""uuid":"GPU-AA""#).replace(r#""0000:3b:00.0""#, "null")],
+    );
+    let found = fake.discover();
+    let cards: Vec<_> = found.node.devices.iter().filter(|device| device.host_resource != "cpu").collect();
+    assert_eq!(cards.len(), 1, "{cards:#?}");
+    assert_eq!(cards[0].engine, "torch");
+    assert!(found.unusable.iter().any(|device| device.reason == "aa is already offered as n/torch:1"));
+}
+
+#[test]
+fn which_adapters_are_offered_can_be_said() {
+    let wanted = |value: Option<&str>| {
+        let driven = EngineUse {
+            engine: "burn".into(),
+            imports: Vec::new(),
+            device: "vulkan".into(),
+            visibility: Some("HGCT_VULKAN_ADAPTERS".into()),
+            variables: BTreeMap::new(),
+            collectives: None,
+            avoid: Vec::new(),
+            share: None,
+        };
+        let seen: probe::Seen = serde_json::from_str(CARD).unwrap();
+        let value = value.map(|value| ("HGCT_VULKAN_ADAPTERS".to_owned(), value.to_owned()));
+        asked_for(&driven, &value.into_iter().collect(), &seen)
+    };
+    assert_eq!(wanted(None), None);
+    assert_eq!(wanted(Some("")), Some(false));
+    assert_eq!(wanted(Some("8086:4680, 10DE:2330")), Some(true));
+}

@@ -22,9 +22,10 @@ pub(crate) struct Policy {
 }
 
 impl Policy {
-    /// The shares that the vendor file of the processor names.
+    /// The shares that the vendor files of the processor and of software adapters name.
     pub(crate) fn new(vendors: &[Vendor]) -> Self {
-        let processor = vendors.iter().filter(|vendor| vendor.recognise.processor);
+        let on_processor = |vendor: &&Vendor| vendor.recognise.processor || vendor.recognise.adapters;
+        let processor = vendors.iter().filter(on_processor);
         let engines = processor.flat_map(|vendor| &vendor.engines);
         let weights = engines.filter_map(|engine| Some((engine.engine.clone(), engine.share?))).collect();
         Self { weights, headroom_millicores: 40 }

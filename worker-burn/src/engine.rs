@@ -1,0 +1,272 @@
+//! Burn behind the engine interface.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use burn_tensor::wgpu::wgpu;
+use burn_tensor::{DType as BurnDType, Device};
+use hgct_core::dtype::DType;
+use hgct_core::model::{ModelSpec, RopeScaling};
+use hgct_core::plan::StageId;
+use hgct_worker::engine::{
+    BackwardPart, Edge, Engine, EngineDescription, GradientReady, Granularity, ImportRows, Lease, StageLoad,
+    Ticket,
+};
+use hgct_worker::{Error, Result};
+
+use crate::adapter;
+use crate::stage::Stage;
+
+/// The engine's name.
+pub(crate) const NAME: &str = "burn";
+/// The version of Burn that `Cargo.toml` pins.
+pub const BURN_VERSION: &str = "0.22.1";
+
+/// One adapter, driven through Burn and wgpu. f32 only.
+pub struct BurnEngine {
+    description: EngineDescription,
+    device: Device,
+    raw: wgpu::Device,
+    largest_tensor_bytes: u64,
+    stages: BTreeMap<StageId, Stage>,
+}
+
+impl BurnEngine {
+    /// Opens the adapter of that device string.
+    pub fn open(device_string: &str) -> Result<Self> {
+        guarded("open", || {
+            let adapter = adapter::find(device_string).map_err(|message| failed("open", message))?;
+            let memory_bytes = adapter.memory_bytes;
+            let opened = adapter.open().map_err(|message| failed("open", message))?;
+            if !opened.device.supports_dtype(BurnDType::F32) {
+                return Err(failed("open", format!("{device_string} has no f32 kernels")));
+            }
+            let description = EngineDescription {
+                engine: NAME.into(),
+                framework_version: BURN_VERSION.into(),
+                device: device_string.into(),
+                dtypes: vec![DType::F32],
+                granularity: Granularity::Layer,
+                split_backward: false,
+                recompute: true,
+                tensor_parallel: false,
+                deterministic: true,
+                memory_bytes,
+            };
+            let adapter::Opened { device, raw, largest_tensor_bytes } = opened;
+            Ok(Self { description, device, raw, largest_tensor_bytes, stages: BTreeMap::new() })
+        })
+    }
+
+    /// Compiles the kernels of a small model, and so most of any model's, before anybody waits for
+    /// this worker or holds it to a quota. Nothing stays loaded.
+    pub fn prepare(&mut self) -> Result<()> {
+        let begin = Instant::now();
+        for model in prepared_models() {
+            let layers = 0..model.num_placeable_layers();
+            let stage = StageLoad { stage: StageId(0), model, layers, recompute: false };
+            self.load(&[stage])?;
+            self.on_stage("prepare", StageId(0), |stage| stage.warm_up(2, 64))?;
+        }
+        self.load(&[])?;
+        eprintln!("hgct worker: first kernels compiled after {:.1} s", begin.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// The device as wgpu knows it.
+    pub fn raw_device(&self) -> &wgpu::Device {
+        &self.raw
+    }
+
+    /// The device for tensors without a graph.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn on_stage<T>(
+        &mut self,
+        operation: &'static str,
+        stage: StageId,
+        body: impl FnOnce(&mut Stage) -> Result<T>,
+    ) -> Result<T> {
+        let loaded = self.stages.get_mut(&stage);
+        let loaded = loaded.ok_or_else(|| failed(operation, format!("{stage} is not loaded")))?;
+        guarded(operation, || body(loaded))
+    }
+}
+
+impl Engine for BurnEngine {
+    fn describe(&self) -> &EngineDescription {
+        &self.description
+    }
+
+    fn load(&mut self, stages: &[StageLoad]) -> Result<()> {
+        self.stages.clear();
+        let (device, largest) = (self.device.clone(), self.largest_tensor_bytes);
+        fits(stages, self.description.memory_bytes).map_err(|message| failed("load", message))?;
+        self.stages = guarded("load", || {
+            // What earlier stages left is given back first: the next ones may need all of it.
+            device.sync().map_err(|error| failed("load", error.to_string()))?;
+            device.memory_cleanup();
+            stages.iter().map(|load| Ok((load.stage, Stage::new(load, &device, largest)?))).collect()
+        })?;
+        Ok(())
+    }
+
+    fn warm_up(&mut self, stage: StageId, samples: u64, seq_len: u64) -> Result<()> {
+        let begin = Instant::now();
+        self.on_stage("warm_up", stage, |stage| stage.warm_up(samples, seq_len))?;
+        let seconds = begin.elapsed().as_secs_f64();
+        eprintln!(
+            "hgct worker: {stage}: kernels for {samples} samples of {seq_len} tokens ready after {seconds:.1} s"
+        );
+        Ok(())
+    }
+
+    fn import(&mut self, stage: StageId, rows: &[ImportRows]) -> Result<()> {
+        self.on_stage("import", stage, |stage| stage.import(rows))
+    }
+
+    fn export(&mut self, stage: StageId, names: &[String]) -> Result<Vec<Lease>> {
+        self.on_stage("export", stage, |stage| stage.export(names))
+    }
+
+    fn zero_gradients(&mut self, stage: StageId) -> Result<()> {
+        self.on_stage("zero_gradients", stage, |stage| {
+            stage.zero_gradients();
+            Ok(())
+        })
+    }
+
+    fn forward(&mut self, stage: StageId, micro_batch: u32, inputs: Edge) -> Result<Ticket<Edge>> {
+        self.on_stage("forward", stage, |stage| stage.forward(micro_batch, inputs)).map(Ticket::Ready)
+    }
+
+    fn backward(
+        &mut self,
+        stage: StageId,
+        micro_batch: u32,
+        part: BackwardPart,
+        gradients: Edge,
+        ready: Option<&mut GradientReady<'_>>,
+    ) -> Result<Ticket<Edge>> {
+        if part != BackwardPart::Full {
+            return Err(failed("backward", "split backward is not supported yet"));
+        }
+        self.on_stage("backward", stage, |stage| stage.backward(micro_batch, gradients, ready))
+            .map(Ticket::Ready)
+    }
+
+    fn evaluate(&mut self, stage: StageId, inputs: Edge) -> Result<Ticket<Edge>> {
+        self.on_stage("evaluate", stage, |stage| stage.evaluate("evaluate", inputs, false)).map(Ticket::Ready)
+    }
+
+    fn logits(&mut self, stage: StageId, inputs: Edge) -> Result<Ticket<Edge>> {
+        self.on_stage("logits", stage, |stage| stage.evaluate("logits", inputs, true)).map(Ticket::Ready)
+    }
+
+    fn drop_micro_batch(&mut self, micro_batch: u32) -> Result<()> {
+        for stage in self.stages.values_mut() {
+            stage.live.remove(&micro_batch);
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self) -> Result<()> {
+        self.stages.values_mut().for_each(|stage| stage.live.clear());
+        Ok(())
+    }
+}
+
+/// Whether parameters and gradients of the stages fit into a card's memory at all.
+fn fits(stages: &[StageLoad], memory_bytes: Option<u64>) -> std::result::Result<(), String> {
+    let bytes = |load: &StageLoad| -> u64 {
+        load.model
+            .stage_tensors(load.layers.clone())
+            .iter()
+            .map(|(_, tensor)| 8 * tensor.num_elements())
+            .sum()
+    };
+    let wanted = stages.iter().map(bytes).sum::<u64>();
+    match memory_bytes {
+        Some(has) if wanted > has => Err(format!(
+            "out of memory: parameters and gradients take {wanted} bytes, the adapter has {has}: give it fewer \
+             layers, or name other devices in `policy.devices`"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Shared key-value heads and not, narrow and wide: kernels are made for such differences.
+fn prepared_models() -> [ModelSpec; 2] {
+    let narrow = ModelSpec {
+        vocab_size: 96,
+        hidden_size: 64,
+        intermediate_size: 80,
+        num_layers: 1,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        rms_norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: RopeScaling::Default,
+        tie_embeddings: false,
+        max_position: 64,
+        initializer_range: 0.02,
+    };
+    let wide = ModelSpec {
+        vocab_size: 512,
+        hidden_size: 256,
+        intermediate_size: 512,
+        num_kv_heads: 4,
+        head_dim: 64,
+        ..narrow.clone()
+    };
+    [narrow, wide]
+}
+
+/// Runs `body`; a panic inside of Burn or wgpu, which is how both tell of most failures, becomes an
+/// error like any other.
+pub(crate) fn guarded<T>(operation: &'static str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message");
+        Err(failed(operation, text))
+    })
+}
+
+pub(crate) fn failed(operation: &'static str, message: impl AsRef<str>) -> Error {
+    Error::Engine { engine: NAME.into(), operation, message: essence(message.as_ref()) }
+}
+
+/// Burn's errors without backtraces and headings, in one line.
+fn essence(text: &str) -> String {
+    const NOISE: [&str; 5] = ["", "Caused by:", "Backtrace:", "Asked at:", "No backtrace available"];
+    let lines = text.lines().map(str::trim).filter(|line| !NOISE.contains(line));
+    lines.collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_that_cannot_fit_are_refused_before_anything_is_made() {
+        let [narrow, _] = prepared_models();
+        let load = StageLoad { stage: StageId(0), model: narrow, layers: 0..3, recompute: false };
+        let error = fits(std::slice::from_ref(&load), Some(200_000)).unwrap_err();
+        assert!(error.starts_with("out of memory: parameters and gradients take "), "{error}");
+        assert_eq!(fits(std::slice::from_ref(&load), Some(2 << 20)), Ok(()));
+        assert_eq!(fits(&[load], None), Ok(()));
+    }
+
+    #[test]
+    fn a_panic_is_an_error_in_one_line() {
+        let error = guarded::<()>("forward", || panic!("wgpu error: lost\n\nCaused by:\n  the driver\n"));
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "engine burn: forward failed: wgpu error: lost; the driver"
+        );
+    }
+}
