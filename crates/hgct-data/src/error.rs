@@ -23,7 +23,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A path or pattern of the sources leads to no text at all.
-    #[error("data source `{pattern}` matches no file (looked in {})", base.display())]
+    #[error("data source `{pattern}` matches no file{}", looked_in(pattern, base))]
     NoMatch {
         /// As written in the job.
         pattern: String,
@@ -164,6 +164,11 @@ fn hint(source: &io::Error) -> &'static str {
     } else {
         ""
     }
+}
+
+/// Where a pattern was looked for; an absolute one says so itself.
+fn looked_in(pattern: &str, base: &Path) -> String {
+    if Path::new(pattern).is_absolute() { String::new() } else { format!(" (looked in {})", base.display()) }
 }
 
 fn glob_beside(path: &Path) -> String {

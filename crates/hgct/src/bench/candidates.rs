@@ -21,8 +21,8 @@ const QUOTAS: [(&str, u32, u32); 4] =
 
 /// Micro-batches a step at most.
 const MAX_MICRO_BATCHES: u32 = 64;
-/// Global batches to choose from: a step of these takes ten to twenty seconds.
-const BATCHES: std::ops::RangeInclusive<u32> = 128..=176;
+/// Global batches to choose from: a step of these takes about twenty seconds.
+const BATCHES: std::ops::RangeInclusive<u32> = 160..=224;
 
 /// What is compared.
 pub(super) struct Candidate {
@@ -176,4 +176,14 @@ pub(super) fn alone_plans(
         Ok((device, plan))
     };
     speeds.into_iter().map(plan).collect()
+}
+
+/// The plan of one device with two micro-batches a step.
+pub(super) fn shortened(plan: &Plan) -> Result<Plan> {
+    let micro_batch = plan.pipelines[0].micro_batch;
+    let layers = plan.model.num_placeable_layers();
+    let short = PlanBuilder::new(plan.model.clone(), plan.seq_len, 2 * micro_batch)
+        .rank(plan.ranks[0].clone())
+        .pipeline(micro_batch, 2, &[(Rank(0), layers)]);
+    Ok(short.build()?)
 }

@@ -23,7 +23,7 @@ use hgct_core::profile::Profile;
 use hgct_core::timeline::Timeline;
 use hgct_planner::simulate_free_communication;
 
-use super::candidates::{Candidate, alone_plans, candidates, divided_best, quotas};
+use super::candidates::{Candidate, alone_plans, candidates, divided_best, quotas, shortened};
 use super::credit::Spenders;
 use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench, flop_shares};
 use crate::job::{LoadedJob, PreparedData};
@@ -190,19 +190,28 @@ fn round(
     candidates: &[Candidate],
     alone: &[(DeviceSpec, Plan)],
 ) -> Result<Round> {
-    let steps = train_alone(loaded, data, session, alone, Duration::from_secs(12))?;
-    let mut round =
-        Round { alone: BTreeMap::new(), alone_exchange_ns: BTreeMap::new(), together: Vec::new() };
-    for (device, steps) in steps {
-        round.alone.insert(device.clone(), speed(&steps));
-        let exchange: f64 = steps.iter().map(|step| step.exchange_ns as f64).sum();
-        round.alone_exchange_ns.insert(device, exchange / steps.len() as f64);
-    }
+    let budget = Duration::from_secs(12);
+    let mut own = train_alone(loaded, data, session, alone, budget)?;
+    let mut together = Vec::new();
     for candidate in candidates {
         let timeline = candidate.planned.timeline.clone();
-        round.together.push(train_plan(args.steps, loaded, data, session, &candidate.plan, timeline)?);
+        together.push(train_plan(args.steps, loaded, data, session, &candidate.plan, timeline)?);
+        if together.len() == 1 {
+            // The host's speed drifts within a round: the first, which is the planner's choice, is
+            // compared with what was before and what comes after.
+            for (device, steps) in train_alone(loaded, data, session, alone, budget)? {
+                own.entry(device).or_default().extend(steps);
+            }
+        }
     }
-    Ok(round)
+    let exchange = |steps: &[StepReport]| {
+        steps.iter().map(|step| step.exchange_ns as f64).sum::<f64>() / steps.len() as f64
+    };
+    Ok(Round {
+        alone: own.iter().map(|(device, steps)| (device.clone(), speed(steps))).collect(),
+        alone_exchange_ns: own.iter().map(|(device, steps)| (device.clone(), exchange(steps))).collect(),
+        together,
+    })
 }
 
 /// All devices train alone at the same time; the counted steps of each.
@@ -317,13 +326,15 @@ fn overhead(
     alone: &[(DeviceSpec, Plan)],
 ) -> Result<Option<f64>> {
     let Some(torch) = alone.iter().find(|(device, _)| device.engine == "torch") else { return Ok(None) };
+    let torch = (torch.0.clone(), shortened(&torch.1)?);
     let part = Part::of_one(&torch.1);
     let tokens_file = data.prepared.train_path();
     let mut plain = PlainLoop::start_held(workspace, &torch.0, &loaded.model, &tokens_file, &part)?;
     let tokens = f64::from(torch.1.global_batch * torch.1.seq_len);
     let mut ratios = Vec::new();
-    for _ in 0..args.rounds {
-        let ours = train_alone(loaded, data, session, std::slice::from_ref(torch), Duration::from_secs(10))?;
+    // Short sides in many pairs: what drifts between the two of a pair is little.
+    for _ in 0..2 * args.rounds {
+        let ours = train_alone(loaded, data, session, std::slice::from_ref(&torch), Duration::from_secs(8))?;
         let ours = ours.values().map(|steps| speed(steps)).sum::<f64>();
         plain.order(1, 2)?;
         let seconds = plain.answer()?.seconds;

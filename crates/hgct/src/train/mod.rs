@@ -3,6 +3,7 @@
 pub(crate) mod checkpoints;
 mod observer;
 mod resume;
+mod text;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use hgct_planner::{Budget, Explanation, PlanInput, Planned};
 use self::checkpoints::{Head, Piece, Writer};
 use self::observer::{Memory, Observer};
 use self::resume::{BadRun, Resume};
+use self::text::Text;
 use crate::coordinator::Ended;
 use crate::job::{LoadedJob, PreparedData};
 use crate::report::summary::Times;
@@ -139,13 +141,7 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
         bail!(BadRun { run, reason: "exists already: give another id, or continue it with --resume".into() });
     }
     // The text is tokenized while devices are discovered and checked.
-    let data = {
-        let (loaded, workspace) = (loaded.clone(), workspace.clone());
-        std::thread::spawn(move || {
-            let begun = Instant::now();
-            loaded.prepare_data(&workspace).map(|data| (data, begun.elapsed().as_secs_f64()))
-        })
-    };
+    let text = Text::prepare(loaded.clone(), workspace.clone());
     let mut config = session_options(run, folder.clone(), &args.agents);
     config.warming = Duration::from_secs(args.warming);
     let mut session = Session::open(workspace, &config).inspect_err(|_| {
@@ -166,7 +162,7 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
         observer: None,
         comparable: None,
     };
-    let result = driver.drive(&mut session, data);
+    let result = driver.drive(&mut session, text);
     let memory = Memory::of(&session);
     let outcome = session.close();
     driver.conclude(result, outcome, memory)
@@ -201,11 +197,8 @@ struct Driver<'a> {
     comparable: Option<(Vec<DeviceSpec>, Arc<Plan>, PathBuf)>,
 }
 
-/// Gives the data, and the seconds that it took.
-type DataThread = std::thread::JoinHandle<Result<(PreparedData, f64)>>;
-
 impl Driver<'_> {
-    fn drive(&mut self, session: &mut Session, data: DataThread) -> Result<()> {
+    fn drive(&mut self, session: &mut Session, text: Text) -> Result<()> {
         let choices = Choices {
             cluster: self.args.devices.cluster.clone(),
             devices: self.loaded.job.policy.devices.clone(),
@@ -214,13 +207,14 @@ impl Driver<'_> {
             ..Choices::default()
         };
         let (mut fleet, _) = Fleet::discover(session, &choices)?;
+        let text = text.look()?;
         let checking = Instant::now();
         fleet.check(session, self.workspace, &choices)?;
         self.times.check = Some(checking.elapsed().as_secs_f64());
+        let text = text.look()?;
         let chosen = self.plan(session, &mut fleet, &choices)?;
         let plan = Arc::new(chosen.plan.clone());
-        let (data, seconds) =
-            data.join().map_err(|_| anyhow!("the thread that prepares data panicked"))??;
+        let (data, seconds) = text.wait()?;
         self.times.data = Some(seconds);
         let meta = &data.prepared.meta;
         session.offer(&[
@@ -240,8 +234,8 @@ impl Driver<'_> {
         used_devices(&fleet, &plan)?;
         fleet.hold(session)?;
         let resumed = self.resumed.as_ref().map(Resume::step);
-        let mut observer =
-            Observer::open(&self.folder, &session.run, &self.loaded, &fleet, &chosen, &data, resumed)?;
+        let mut observer = Observer::open(&self.folder, &session.run, &self.loaded, &fleet, &chosen, &data)?;
+        observer.watch(resumed, self.end_step())?;
         let training = Instant::now();
         let result = self.train(session, &plan, chosen.timeline.as_ref(), &data, &mut observer);
         self.times.train = Some(training.elapsed().as_secs_f64());
@@ -278,6 +272,12 @@ impl Driver<'_> {
         Ok(chosen)
     }
 
+    /// The step before which this run stops.
+    fn end_step(&self) -> u64 {
+        let steps = self.loaded.job.recipe.steps;
+        self.args.until.unwrap_or(steps).min(steps)
+    }
+
     fn train(
         &self,
         session: &mut Session,
@@ -288,7 +288,7 @@ impl Driver<'_> {
     ) -> Result<()> {
         let recipe = self.loaded.job.recipe.clone();
         let meta = &data.prepared.meta;
-        let end_step = self.args.until.unwrap_or(recipe.steps).min(recipe.steps);
+        let end_step = self.end_step();
         let step_deadline = plan
             .prediction
             .as_ref()

@@ -44,7 +44,6 @@ impl Observer {
         fleet: &Fleet,
         chosen: &Chosen,
         data: &PreparedData,
-        resumed: Option<u64>,
     ) -> Result<Self> {
         let plan = chosen.plan.clone();
         let recipe = &loaded.job.recipe;
@@ -75,19 +74,22 @@ impl Observer {
             reason: row.reason.clone(),
         }));
         summary.isolation_note = Some(fleet.isolation_note.clone()).filter(|note| !note.is_empty());
-        let mut this = Self {
+        Ok(Self {
             folder: folder.to_owned(),
             metrics: Writer::open(&folder.join("metrics.jsonl"))?,
-            display: Some(Display::stderr(Progress::new(run.as_str(), recipe.steps, resumed.unwrap_or(0)))),
+            display: None,
             plan,
             summary,
             begun: Instant::now(),
             spans: BTreeMap::new(),
-        };
-        if let Some(step) = resumed {
-            this.event(&format!("resumed after step {step}"))?;
-        }
-        Ok(this)
+        })
+    }
+
+    /// Shows progress from now on: after `resumed` steps of an earlier run, to `end_step`.
+    pub(super) fn watch(&mut self, resumed: Option<u64>, end_step: u64) -> Result<()> {
+        let progress = Progress::new(self.summary.run.as_str(), end_step, resumed.unwrap_or(0));
+        self.display = Some(Display::stderr(progress));
+        resumed.map_or(Ok(()), |step| self.event(&format!("resumed after step {step}")))
     }
 
     pub(super) fn step(&mut self, reports: &[StepReport]) -> Result<()> {
