@@ -1,14 +1,21 @@
 //! Documents to tokens, on a few threads, in the order of the text.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{panic, thread};
 
 use crate::Result;
 use crate::tokenizer::Tokenizer;
-use crate::words::WordTokenizer;
+use crate::words;
 
 /// Pieces a batch and thread: enough that a slow piece at the end costs little.
 const PIECES_A_THREAD: usize = 32;
+
+/// Words remembered at most; then it starts afresh.
+const MOST_WORDS: usize = 1 << 18;
+
+/// Longest word remembered, in bytes.
+const MOST_WORD_BYTES: usize = 64;
 
 /// Collects pieces and encodes them a batch at a time; the result does not depend on the threads.
 pub(crate) struct Encoder {
@@ -61,5 +68,99 @@ impl Encoder {
         encoded.sort_unstable_by_key(|(index, _)| *index);
         self.pieces.clear();
         Ok(encoded.into_iter().flat_map(|(_, tokens)| tokens).collect())
+    }
+}
+
+/// A tokenizer that looks the tokens of a word up once; one a thread. The tokens are those of the
+/// tokenizer itself; a property test compares them.
+pub(crate) struct WordTokenizer {
+    tokenizer: Tokenizer,
+    words: HashMap<String, Vec<u32>>,
+}
+
+impl WordTokenizer {
+    pub(crate) fn new(tokenizer: Tokenizer) -> Self {
+        Self { tokenizer, words: HashMap::new() }
+    }
+
+    /// Tokens of `text`, as the tokenizer itself would give them.
+    pub(crate) fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
+        if !self.tokenizer.is_plain_byte_level() {
+            return self.tokenizer.encode(text);
+        }
+        let mut tokens = Vec::with_capacity(text.len() / 2);
+        for part in words::parts(text) {
+            if part.is_ascii() {
+                for word in words::words(part) {
+                    self.encode_word(word, &mut tokens)?;
+                }
+            } else {
+                tokens.extend(self.tokenizer.encode(part)?);
+            }
+        }
+        Ok(tokens)
+    }
+
+    pub(crate) fn end_of_text(&self) -> u32 {
+        self.tokenizer.end_of_text()
+    }
+
+    fn encode_word(&mut self, word: &str, tokens: &mut Vec<u32>) -> Result<()> {
+        if let Some(known) = self.words.get(word) {
+            tokens.extend(known);
+            return Ok(());
+        }
+        let new = self.tokenizer.encode(word)?;
+        tokens.extend(&new);
+        if word.len() <= MOST_WORD_BYTES {
+            if self.words.len() >= MOST_WORDS {
+                self.words.clear();
+            }
+            self.words.insert(word.to_owned(), new);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::{byte_level_words, library_words};
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    static TRAINED: LazyLock<Tokenizer> = LazyLock::new(|| {
+        let texts = [include_str!("source.rs"), include_str!("words.rs"), "日本語 naïve"];
+        Tokenizer::train(500, texts.into_iter().map(str::to_owned)).unwrap()
+    });
+
+    fn agree(text: &str) {
+        let mut short = WordTokenizer::new(TRAINED.clone());
+        let expected = TRAINED.encode(text).unwrap();
+        assert_eq!(short.encode(text).unwrap(), expected, "{text:?}");
+        assert_eq!(short.encode(text).unwrap(), expected, "remembered: {text:?}");
+        assert_eq!(byte_level_words(text).unwrap(), library_words(text).unwrap(), "{text:?}");
+    }
+
+    #[test]
+    fn real_text_has_the_same_tokens_either_way() {
+        assert!(TRAINED.is_plain_byte_level());
+        for text in [
+            include_str!("source.rs"),
+            include_str!("prepare_tests.rs"),
+            "it's  we'll 'tis\n\n\tx = 12ab;  \r\n \n<|endoftext|>\ny\u{1c}\u{b}\u{7f}é's\nz  ",
+        ] {
+            agree(text);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        #[test]
+        fn any_text_has_the_same_tokens_either_way(
+            text in "[ \\n\\t\\rab1'stdrevml.,é\\x00-\\x7f]{0,80}|([ ab\\n']|x\n|é){0,60}|.{0,40}",
+        ) {
+            agree(&text);
+        }
     }
 }

@@ -1,70 +1,8 @@
-//! A short way through the byte-level pre-tokenizer for ASCII text.
+//! The words of the byte-level pre-tokenizer, for ASCII text.
 //!
 //! The library follows the origin of every byte through each step, which costs ten times what the
 //! words themselves cost. ASCII parts of a text are cut into words here, by the same rules (the
-//! pattern of GPT-2's encoder), and the tokens of a word are looked up once. Other parts go through
-//! the library. The tokens are the same; a property test compares them.
-
-use std::collections::HashMap;
-
-use crate::Result;
-use crate::tokenizer::Tokenizer;
-
-/// Words remembered at most; then it starts afresh.
-const MOST_WORDS: usize = 1 << 18;
-
-/// Longest word remembered, in bytes.
-const MOST_WORD_BYTES: usize = 64;
-
-/// A tokenizer that remembers words; one a thread.
-pub(crate) struct WordTokenizer {
-    tokenizer: Tokenizer,
-    words: HashMap<String, Vec<u32>>,
-}
-
-impl WordTokenizer {
-    pub(crate) fn new(tokenizer: Tokenizer) -> Self {
-        Self { tokenizer, words: HashMap::new() }
-    }
-
-    /// Tokens of `text`, as the tokenizer itself would give them.
-    pub(crate) fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
-        if !self.tokenizer.is_plain_byte_level() {
-            return self.tokenizer.encode(text);
-        }
-        let mut tokens = Vec::with_capacity(text.len() / 2);
-        for part in parts(text) {
-            if part.is_ascii() {
-                for word in words(part) {
-                    self.encode_word(word, &mut tokens)?;
-                }
-            } else {
-                tokens.extend(self.tokenizer.encode(part)?);
-            }
-        }
-        Ok(tokens)
-    }
-
-    pub(crate) fn end_of_text(&self) -> u32 {
-        self.tokenizer.end_of_text()
-    }
-
-    fn encode_word(&mut self, word: &str, tokens: &mut Vec<u32>) -> Result<()> {
-        if let Some(known) = self.words.get(word) {
-            tokens.extend(known);
-            return Ok(());
-        }
-        let new = self.tokenizer.encode(word)?;
-        tokens.extend(&new);
-        if word.len() <= MOST_WORD_BYTES {
-            if self.words.len() >= MOST_WORDS {
-                self.words.clear();
-            }
-            self.words.insert(word.to_owned(), new);
-        }
-        Ok(())
-    }
-}
+//! pattern of GPT-2's encoder); other parts go through the library.
 
 /// True where a text may be cut at byte `at` without changing its words: a line ends in a visible
 /// character and the next one begins with one.
@@ -141,47 +79,4 @@ fn word_bytes(text: &[u8]) -> usize {
     }
     let run = text.iter().take_while(|&&byte| class(byte) == Class::Space).count();
     if run == text.len() || run == 1 { run } else { run - 1 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::tokenizer::{byte_level_words, library_words};
-    use proptest::prelude::*;
-    use std::sync::LazyLock;
-
-    static TRAINED: LazyLock<Tokenizer> = LazyLock::new(|| {
-        let texts = [include_str!("source.rs"), include_str!("words.rs"), "日本語 naïve"];
-        Tokenizer::train(500, texts.into_iter().map(str::to_owned)).unwrap()
-    });
-
-    fn agree(text: &str) {
-        let mut short = WordTokenizer::new(TRAINED.clone());
-        let expected = TRAINED.encode(text).unwrap();
-        assert_eq!(short.encode(text).unwrap(), expected, "{text:?}");
-        assert_eq!(short.encode(text).unwrap(), expected, "remembered: {text:?}");
-        assert_eq!(byte_level_words(text).unwrap(), library_words(text).unwrap(), "{text:?}");
-    }
-
-    #[test]
-    fn real_text_has_the_same_tokens_either_way() {
-        assert!(TRAINED.is_plain_byte_level());
-        for text in [
-            include_str!("source.rs"),
-            include_str!("prepare_tests.rs"),
-            "it's  we'll 'tis\n\n\tx = 12ab;  \r\n \n<|endoftext|>\ny\u{1c}\u{b}\u{7f}é's\nz  ",
-        ] {
-            agree(text);
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(256))]
-        #[test]
-        fn any_text_has_the_same_tokens_either_way(
-            text in "[ \\n\\t\\rab1'stdrevml.,é\\x00-\\x7f]{0,80}|([ ab\\n']|x\n|é){0,60}|.{0,40}",
-        ) {
-            agree(&text);
-        }
-    }
 }
