@@ -5,19 +5,23 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use hgct_core::cluster::{ClusterSpec, DeviceSpec, Grant};
-use hgct_core::ids::Rank;
-use hgct_core::job::PlanShape;
+use hgct_core::ids::{DeviceId, Rank};
+use hgct_core::job::{MinKinds, PlanShape};
 use hgct_core::plan::{Plan, PlanBuilder, PlanRank};
 use hgct_core::profile::Profile;
 use hgct_planner::{Budget, PlanInput, Planned};
 
 use crate::job::LoadedJob;
 use crate::session::with_grants;
+use crate::vendors::NATIVE;
 
 /// Engine, thousandths of a core, core: the slowest is about 12 % of the sum, the fastest three
 /// times as fast.
 const QUOTAS: [(&str, u32, u32); 4] =
     [("torch", 550, 0), ("paddle", 300, 0), ("jax", 400, 1), ("mlx", 250, 1)];
+
+/// What `--with vulkan` adds: a part of a core that the four leave free.
+const VULKAN: (&str, u32, u32) = (NATIVE, 300, 1);
 
 /// Micro-batches a step at most.
 const MAX_MICRO_BATCHES: u32 = 64;
@@ -29,32 +33,94 @@ pub(super) struct Candidate {
     pub(super) name: String,
     pub(super) plan: Arc<Plan>,
     pub(super) planned: Planned,
+    /// What it could use.
+    pub(super) among: Vec<DeviceId>,
+    /// It has a software adapter in it, for which no rule is made.
+    pub(super) outside: bool,
 }
 
-/// The four stacks, each with its quota, core and one thread.
-pub(super) fn quotas(cluster: ClusterSpec) -> Result<ClusterSpec> {
+/// The four stacks, each with its quota, core and one thread; perhaps a Vulkan adapter beside them.
+pub(super) fn quotas(cluster: ClusterSpec, with_vulkan: bool) -> Result<ClusterSpec> {
+    let quotas: Vec<_> = QUOTAS.into_iter().chain(with_vulkan.then_some(VULKAN)).collect();
     let mut nodes = cluster.nodes;
     for node in &mut nodes {
         node.devices.retain(|device| {
-            device.host_resource == "cpu" && QUOTAS.iter().any(|(engine, ..)| *engine == device.engine)
+            (device.host_resource == "cpu" || device.engine == NATIVE)
+                && quotas.iter().any(|(engine, ..)| *engine == device.engine)
         });
-        node.devices.sort_by_key(|device| QUOTAS.iter().position(|(engine, ..)| *engine == device.engine));
+        // A real adapter before a software one.
+        node.devices.sort_by_key(|device| {
+            let place = quotas.iter().position(|(engine, ..)| *engine == device.engine);
+            (place, is_software_adapter(device))
+        });
         node.devices.dedup_by_key(|device| device.engine.clone());
     }
     let mut cluster = with_grants(nodes)?;
     for device in cluster.nodes.iter_mut().flat_map(|node| &mut node.devices) {
-        let quota = QUOTAS.iter().find(|(engine, ..)| *engine == device.engine);
+        let quota = quotas.iter().find(|(engine, ..)| *engine == device.engine);
         let (_, cpu_millicores, core) = *quota.ok_or_else(|| anyhow!("{} has no quota", device.id))?;
         let memory_bytes = device.grant.memory_bytes;
         device.grant = Grant { cpu_millicores, cores: vec![core], threads: 1, memory_bytes };
     }
     cluster.validate("the benchmark's cluster")?;
     match cluster.devices().count() {
-        4 => Ok(cluster),
+        n if n == quotas.len() => Ok(cluster),
+        4 if with_vulkan => {
+            bail!("no Vulkan adapter can be used: run `make vulkan`, then see `hgct devices`")
+        }
         n => bail!(
             "the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"
         ),
     }
+}
+
+fn is_software_adapter(device: &DeviceSpec) -> bool {
+    device.engine == NATIVE && device.host_resource == "cpu"
+}
+
+/// The devices for which the rules are made: all but software adapters.
+pub(super) fn that_count(cluster: &ClusterSpec) -> ClusterSpec {
+    let mut cluster = cluster.clone();
+    for node in &mut cluster.nodes {
+        node.devices.retain(|device| !is_software_adapter(device));
+    }
+    cluster
+}
+
+/// The planner's choice over all devices, a software adapter among them; where it would leave that
+/// out, its choice with every kind.
+pub(super) fn with_software(
+    loaded: &LoadedJob,
+    cluster: &ClusterSpec,
+    profile: &Profile,
+) -> Result<Candidate> {
+    let mut job = loaded.job.clone();
+    for min_kinds in [MinKinds::default(), MinKinds::All] {
+        job.policy.min_kinds = min_kinds;
+        let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
+        let planned = hgct_planner::plan(&input, &Budget::default())?;
+        if !planned.plan.ranks.iter().any(|rank| is_adapter(cluster, &rank.device)) {
+            eprintln!("with Vulkan: the planner leaves the software adapter out of its choice");
+            continue;
+        }
+        eprintln!("with Vulkan:\n{}", planned.explanation);
+        return Ok(Candidate {
+            name: "with Vulkan".into(),
+            plan: Arc::new(planned.plan.clone()),
+            planned,
+            among: ids(cluster),
+            outside: true,
+        });
+    }
+    bail!("no plan has a part for the software adapter")
+}
+
+fn is_adapter(cluster: &ClusterSpec, id: &DeviceId) -> bool {
+    cluster.device(id).is_some_and(|(_, device)| is_software_adapter(device))
+}
+
+fn ids(cluster: &ClusterSpec) -> Vec<DeviceId> {
+    cluster.devices().map(|(_, device)| device.id.clone()).collect()
 }
 
 /// The global batch whose plan is nearest to what the devices could compute.
@@ -120,14 +186,15 @@ pub(super) fn candidates(
         let input = PlanInput { job: &job, model: &loaded.model, cluster, profile };
         let planned = hgct_planner::plan(&input, &Budget::default())?;
         eprintln!("{name}:\n{}", planned.explanation);
-        match found.iter_mut().find(|known| {
+        let same = |known: &&mut Candidate| {
             known.plan.pipelines == planned.plan.pipelines && known.plan.stages == planned.plan.stages
-        }) {
-            Some(known) => known.name = format!("{} = {name}", known.name),
-            None => {
-                found.push(Candidate { name: (*name).into(), plan: Arc::new(planned.plan.clone()), planned });
-            }
+        };
+        if let Some(known) = found.iter_mut().find(same) {
+            known.name = format!("{} = {name}", known.name);
+            continue;
         }
+        let (plan, among) = (Arc::new(planned.plan.clone()), ids(cluster));
+        found.push(Candidate { name: (*name).into(), plan, planned, among, outside: false });
     }
     Ok(found)
 }

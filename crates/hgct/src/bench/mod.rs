@@ -5,6 +5,7 @@ mod credit;
 mod figures;
 mod memory;
 mod training;
+mod worker;
 
 use std::fmt::Display;
 use std::io::Write as _;
@@ -31,6 +32,8 @@ enum BenchCommand {
     Training(training::TrainingArgs),
     /// What workers hold in memory, against predictions and plain loops of the same frameworks
     Memory(memory::MemoryArgs),
+    /// How fast the worker without Python trains, against a plain Burn loop
+    Worker(worker::WorkerArgs),
     /// Use processor time at a rate
     #[command(hide = true)]
     Spend(credit::SpendArgs),
@@ -40,6 +43,7 @@ pub(crate) fn run(workspace: &Workspace, args: &BenchArgs) -> Result<u8> {
     match &args.command {
         BenchCommand::Training(args) => training::run(workspace, args),
         BenchCommand::Memory(args) => memory::run(workspace, args),
+        BenchCommand::Worker(args) => worker::run(workspace, args),
         BenchCommand::Spend(args) => credit::spend(args),
     }
 }

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use hgct_control::coordinator::{Command, LoadSpec, Update};
 use hgct_control::message::{FromWorker, StepReport, ToWorker, WorkerOptions};
 use hgct_core::cluster::{ClusterSpec, DeviceSpec, Isolation};
@@ -23,7 +23,9 @@ use hgct_core::profile::Profile;
 use hgct_core::timeline::Timeline;
 use hgct_planner::simulate_free_communication;
 
-use super::candidates::{Candidate, alone_plans, candidates, divided_best, quotas, shortened};
+use super::candidates::{
+    Candidate, alone_plans, candidates, divided_best, quotas, shortened, that_count, with_software,
+};
 use super::credit::Spenders;
 use super::figures::{Figure, KindRow, Losses, PlanRow, TrainingBench, flop_shares};
 use crate::job::{LoadedJob, PreparedData};
@@ -63,6 +65,9 @@ pub(crate) struct TrainingArgs {
     /// Only the planner's choice, and no plain loop
     #[arg(long)]
     quick: bool,
+    /// One more kind, with a quota of its own; a software adapter stands outside of every rule
+    #[arg(long, value_name = "KIND")]
+    with: Option<With>,
     /// Text to train on
     #[arg(long, value_name = "PATH", default_value = DATA)]
     data: String,
@@ -74,6 +79,12 @@ pub(crate) struct TrainingArgs {
     output: Option<PathBuf>,
     #[command(flatten)]
     agents: AgentArgs,
+}
+
+/// What can be measured beside the four.
+#[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+enum With {
+    Vulkan,
 }
 
 pub(crate) fn run(workspace: &Workspace, args: &TrainingArgs) -> Result<u8> {
@@ -138,7 +149,7 @@ fn measure(
     session: &mut Session,
 ) -> Result<TrainingBench> {
     let (mut fleet, _) = Fleet::discover(session, &Choices::default())?;
-    fleet.cluster = quotas(fleet.cluster)?;
+    fleet.cluster = quotas(fleet.cluster, args.with == Some(With::Vulkan))?;
     let devices = fleet.devices();
     fleet.start(session, &devices)?;
     fleet.require_one()?;
@@ -151,11 +162,15 @@ fn measure(
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let mut loaded = loaded.clone();
+    let counted = that_count(&fleet.cluster);
     if args.global_batch.is_none() {
-        loaded.job.recipe.global_batch = divided_best(&loaded, &fleet.cluster, &profile);
+        loaded.job.recipe.global_batch = divided_best(&loaded, &counted, &profile);
     }
     let loaded = &loaded;
-    let candidates = candidates(loaded, &fleet.cluster, &profile, args.quick)?;
+    let mut candidates = candidates(loaded, &counted, &profile, args.quick)?;
+    if counted != fleet.cluster {
+        candidates.push(with_software(loaded, &fleet.cluster, &profile)?);
+    }
     let alone: Vec<(DeviceSpec, Plan)> = alone_plans(loaded, &fleet.cluster, &profile)?;
 
     let spenders = Spenders::start(&fleet.cluster)?;
@@ -175,7 +190,9 @@ fn measure(
         eprintln!("round {} of {}", rounds.len() + 1, args.rounds);
         rounds.push(round);
     }
-    let one_by_one = if args.quick { None } else { Some(one_after_another(loaded, data, session, &alone)?) };
+    let rule: Vec<_> =
+        alone.iter().filter(|(device, _)| counted.device(&device.id).is_some()).cloned().collect();
+    let one_by_one = if args.quick { None } else { Some(one_after_another(loaded, data, session, &rule)?) };
     // Neither side of the next comparison waits, and only one of them would share its quota.
     drop(spenders);
     let overhead = if args.quick { None } else { overhead(workspace, args, loaded, data, session, &alone)? };
@@ -262,7 +279,7 @@ pub(super) fn train_plan(
     plan: &Plan,
     timeline: Timeline,
 ) -> Result<Vec<Vec<StepReport>>> {
-    let deadline = Duration::from_secs(120);
+    let deadline = Duration::from_secs(300);
     session.shell.command(Command::Load(Box::new(LoadSpec {
         plan: plan.clone(),
         timeline: Some(timeline),
@@ -345,7 +362,7 @@ fn overhead(
 }
 
 /// Tokens a second over all steps.
-fn speed(steps: &[StepReport]) -> f64 {
+pub(super) fn speed(steps: &[StepReport]) -> f64 {
     let tokens: u64 = steps.iter().map(|step| step.num_tokens).sum();
     let ns: u64 = steps.iter().map(|step| step.step_ns).sum();
     tokens as f64 * 1e9 / ns as f64
@@ -361,7 +378,7 @@ fn share_of_quota(steps: &[Step], rank: usize, plan: &Plan) -> f64 {
 /// How far the worst kind's share is off in any row, and whose it is.
 fn worst_share(round: &Round, candidates: &[Candidate]) -> (f64, String) {
     let mut worst = (0f64, String::new());
-    for (candidate, steps) in candidates.iter().zip(&round.together) {
+    for (candidate, steps) in candidates.iter().zip(&round.together).filter(|(one, _)| !one.outside) {
         for (rank, placed) in candidate.plan.ranks.iter().enumerate() {
             let off = (share_of_quota(steps, rank, &candidate.plan) - 1.0).abs();
             if off > worst.0 {
@@ -395,12 +412,13 @@ fn figures(
             let longest = |step: &Step| step.iter().map(|r| r.step_ns).max().unwrap_or(0) as f64 / 1e9;
             steps.iter().map(longest).sum::<f64>() / steps.len() as f64
         };
-        let alone_sum = |round: &Round| round.alone.values().sum::<f64>();
         let step = Figure::of(rounds.iter().map(step_s).collect()).ok_or_else(none)?;
-        let efficiency = Figure::of(rounds.iter().map(|r| tokens / step_s(r) / alone_sum(r)).collect())
-            .ok_or_else(none)?;
+        let efficiency =
+            Figure::of(rounds.iter().map(|r| tokens / step_s(r) / alone_sum(candidate, r)).collect())
+                .ok_or_else(none)?;
         let predicted = candidate.planned.plan.prediction.as_ref().map_or(0.0, |p| p.step_ns as f64 / 1e9);
-        let losses: Vec<Losses> = rounds.iter().map(|round| losses(plan, round, at, step_s(round))).collect();
+        let losses: Vec<Losses> =
+            rounds.iter().map(|round| losses(candidate, round, at, step_s(round))).collect();
         let mean = |part: fn(&Losses) -> f64| losses.iter().map(part).sum::<f64>() / losses.len() as f64;
         plans.push(PlanRow {
             plan: candidate.name.clone(),
@@ -417,7 +435,7 @@ fn figures(
                 unexplained: mean(|l| l.unexplained),
             },
         });
-        if plan.pipelines.len() == 1 && plan.pipelines[0].stages.len() > 1 {
+        if plan.pipelines.len() == 1 && plan.pipelines[0].stages.len() > 1 && !candidate.outside {
             let free = simulate_free_communication(plan, profile)?;
             pipeline_of_dry_run = Some(free.step_ns as f64 / 1e9 / step.median);
         }
@@ -448,15 +466,16 @@ fn figures(
     Ok(TrainingBench {
         measured_at: crate::date::now(),
         command: format!(
-            "hgct bench training --rounds {} --steps {} --global-batch {}",
+            "hgct bench training --rounds {} --steps {} --global-batch {}{}",
             args.rounds,
             args.steps,
-            candidates.first().map_or(0, |candidate| candidate.plan.global_batch)
+            candidates.first().map_or(0, |candidate| candidate.plan.global_batch),
+            if args.with.is_some() { " --with vulkan" } else { "" }
         ),
         machine: machine.unwrap_or_default(),
         efficiency: planner.efficiency.median,
         efficiency_one_after_another: one_by_one.map(|sum| planner.tokens_per_second.median / sum),
-        prediction_error: plans.iter().map(|row| row.prediction_error).fold(0.0, f64::max),
+        prediction_error: rule(&plans, candidates).map(|row| row.prediction_error).fold(0.0, f64::max),
         worker_overhead,
         pipeline_of_dry_run,
         rounds: rounds.len(),
@@ -466,10 +485,21 @@ fn figures(
     })
 }
 
+/// The rows for which the rules are made.
+fn rule<'a>(plans: &'a [PlanRow], candidates: &'a [Candidate]) -> impl Iterator<Item = &'a PlanRow> {
+    plans.iter().zip(candidates).filter(|(_, candidate)| !candidate.outside).map(|(row, _)| row)
+}
+
+/// Tokens a second, alone and side by side, of all devices that a plan could use.
+fn alone_sum(candidate: &Candidate, round: &Round) -> f64 {
+    candidate.among.iter().filter_map(|device| round.alone.get(device)).sum()
+}
+
 /// Where a step of a plan falls short of the kinds' summed speed, as shares of the step.
-fn losses(plan: &Plan, round: &Round, at: usize, step_s: f64) -> Losses {
+fn losses(candidate: &Candidate, round: &Round, at: usize, step_s: f64) -> Losses {
+    let plan = &candidate.plan;
     let tokens = f64::from(plan.global_batch) * f64::from(plan.seq_len);
-    let ideal = tokens / round.alone.values().sum::<f64>();
+    let ideal = tokens / alone_sum(candidate, round);
     let shares = flop_shares(plan);
     let own = |rank: usize| {
         tokens * shares[rank] / round.alone.get(&plan.ranks[rank].device).copied().unwrap_or(f64::INFINITY)

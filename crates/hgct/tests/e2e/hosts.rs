@@ -11,14 +11,14 @@ use serde_json::Value;
 use crate::support::{BINARY, Bench, Running, TOKEN, machine, put, root, skip, table, worker_of};
 
 /// A network and mount namespace, which go when the process that holds them does.
-struct Namespace {
+pub(crate) struct Namespace {
     holder: std::process::Child,
     user: bool,
 }
 
 impl Namespace {
     /// One of its own, or one inside the user namespace of another.
-    fn new(within: Option<&Self>, user: bool) -> Result<Self, String> {
+    pub(crate) fn new(within: Option<&Self>, user: bool) -> Result<Self, String> {
         let mut command = match within {
             Some(outer) => outer.enter("unshare"),
             None => Command::new("unshare"),
@@ -48,7 +48,7 @@ impl Namespace {
     }
 
     /// A program in there.
-    fn enter(&self, program: &str) -> Command {
+    pub(crate) fn enter(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.pid(), "--net", "--mount"]);
         if self.user {
@@ -58,7 +58,7 @@ impl Namespace {
         command
     }
 
-    fn sh(&self, script: &str) -> Result<(), String> {
+    pub(crate) fn sh(&self, script: &str) -> Result<(), String> {
         let output = self.enter("sh").args(["-ec", script]).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.success() { Ok(()) } else { Err(format!("{script}: {said}")) }
@@ -73,7 +73,7 @@ impl Drop for Namespace {
 }
 
 /// A middle with a bridge, 10.77.0.1, and two hosts at it, 10.77.0.2 and 10.77.0.3.
-fn network() -> Result<[Namespace; 3], String> {
+pub(crate) fn network() -> Result<[Namespace; 3], String> {
     // As root without a user namespace: then control groups may be written too.
     let user = fs::metadata("/proc/self").unwrap().uid() != 0;
     let middle = Namespace::new(None, user)?;
@@ -99,7 +99,7 @@ fn train(bench: &Bench, at: &Namespace, more: &[&str]) -> Running {
     Running::start(command, bench.path("train.log"))
 }
 
-fn address(train: &mut Running) -> String {
+pub(crate) fn address(train: &mut Running) -> String {
     train.wait_for("address", |train| {
         let said = train.said();
         let (_, rest) = said.split_once("agents at ")?;

@@ -9,3 +9,4 @@ mod measured;
 mod planning;
 mod safety;
 mod support;
+mod vulkan;

@@ -97,6 +97,11 @@ impl Bench {
 
     /// One pipeline over (device, layers), four micro-batches of four.
     pub(crate) fn plan(&self, name: &str, stages: &[(&str, u32)]) -> PathBuf {
+        self.plan_of(name, stages, 4)
+    }
+
+    /// The same with micro-batches of this many samples, sixteen in all.
+    pub(crate) fn plan_of(&self, name: &str, stages: &[(&str, u32)], micro_batch: u32) -> PathBuf {
         let model = ModelSpec::from_config_json("config.json", CONFIG).unwrap();
         let rank = |(device, _): &(&str, u32)| PlanRank {
             device: DeviceId::new(*device).unwrap(),
@@ -106,7 +111,8 @@ impl Bench {
         };
         let layers: Vec<(Rank, u32)> =
             (0..).map(Rank).zip(stages.iter().map(|(_, layers)| *layers)).collect();
-        let plan = PlanBuilder::new(model, 32, 16).ranks(stages.iter().map(rank)).pipeline(4, 4, &layers);
+        let ranks = PlanBuilder::new(model, 32, 16).ranks(stages.iter().map(rank));
+        let plan = ranks.pipeline(micro_batch, 16 / micro_batch, &layers);
         let path = self.path(name);
         put(&path, &hgct_core::canonical::encode(&plan.build().unwrap()), 0o644);
         path
