@@ -19,7 +19,7 @@ use crate::fleet::{Fleet, Task};
 use crate::instance::{Group, Instance, Layout, Rules, Schedule, Stage, Template, assign};
 use crate::plan::{finish, none_without};
 use crate::search::Outcome;
-use crate::wide::{Effort, find};
+use crate::wide::{Effort, Found, find};
 use crate::{Budget, Error, Planned, Result};
 
 /// The documents that a layout of measured devices was made from.
@@ -55,33 +55,66 @@ pub fn executable(input: &MeasuredInput<'_>, instance: &Instance, layout: &Layou
 
 /// What is best on more devices than can be searched to the end, and each kind alone.
 pub(crate) fn plan_many(fleet: &Fleet<'_>, budget: &Budget<'_>) -> Result<(Outcome, Vec<Rejected>)> {
-    let Task { policy, model, profile, .. } = fleet.task;
-    let cluster = &only_chosen(fleet);
-    let mut instance = measured(cluster, profile, model, fleet.global_batch, Rules::executable())?;
-    if !policy.micro_batches.is_empty() {
-        for pool in &mut instance.pools {
-            pool.costs.retain(|cost| policy.micro_batches.contains(&cost.micro_batch));
-        }
-    }
-    let effort = Effort { nodes: budget.nodes, stop: budget.stop };
-    let found = find(&instance, None, &effort).map_err(|faults| Error::Layout {
-        fault: faults.first().map_or_else(String::new, ToString::to_string),
-    })?;
-    let pools = Pools { fleet, instance: &instance, devices: devices_of_pools(cluster, profile)? };
-    let min_kinds = policy.min_kinds.wanted(fleet.kinds.len() as u32);
-    let alone: Vec<(String, &Layout)> = found
-        .alternatives
-        .iter()
-        .filter_map(|of| Some((of.pools.first()?, &of.best.as_ref()?.0)))
-        .map(|(pool, layout)| (format!("{} alone", instance.pools[*pool].kind), layout))
-        .collect();
+    let layouts = Layouts::new(fleet, budget)?;
+    let pools = layouts.pools(fleet)?;
+    let min_kinds = fleet.task.policy.min_kinds.wanted(fleet.kinds.len() as u32);
     let mut rejected = Vec::new();
-    for (name, layout) in &alone {
-        rejected.push(Rejected::new(fleet, name.clone(), &pools.fastest(&[*layout], 0)?));
+    for (pool, layout) in layouts.alone() {
+        let name = format!("{} alone", layouts.instance.pools[pool].kind);
+        rejected.push(Rejected::new(fleet, name, &pools.fastest(&[layout], 0)?));
     }
-    let best = found.best.as_ref().map(|(layout, _)| layout);
-    let layouts: Vec<&Layout> = best.into_iter().chain(alone.iter().map(|(_, layout)| *layout)).collect();
-    Ok((pools.fastest(&layouts, min_kinds)?, rejected))
+    Ok((pools.fastest(&layouts.all(), min_kinds)?, rejected))
+}
+
+/// The layouts of the search over pools, as this fleet executes them: where a search over devices may
+/// begin. None where that search has no answer, for whatever reason: it is not what was asked for.
+pub(crate) fn starts(fleet: &Fleet<'_>, budget: &Budget<'_>) -> Vec<Evaluated> {
+    let Ok(layouts) = Layouts::new(fleet, budget) else { return Vec::new() };
+    let Ok(pools) = layouts.pools(fleet) else { return Vec::new() };
+    let executed = |layout: &&Layout| pools.sketch(layout).ok()?.evaluate(fleet).ok()?;
+    layouts.all().iter().filter_map(executed).collect()
+}
+
+/// What the search over pools found for a fleet.
+struct Layouts {
+    cluster: ClusterSpec,
+    instance: Instance,
+    found: Found,
+}
+
+impl Layouts {
+    fn new(fleet: &Fleet<'_>, budget: &Budget<'_>) -> Result<Self> {
+        let Task { policy, model, profile, .. } = fleet.task;
+        let cluster = only_chosen(fleet);
+        let mut instance = measured(&cluster, profile, model, fleet.global_batch, Rules::executable())?;
+        if !policy.micro_batches.is_empty() {
+            for pool in &mut instance.pools {
+                pool.costs.retain(|cost| policy.micro_batches.contains(&cost.micro_batch));
+            }
+        }
+        let effort = Effort { nodes: budget.nodes, stop: budget.stop };
+        let found = find(&instance, None, &effort).map_err(|faults| Error::Layout {
+            fault: faults.first().map_or_else(String::new, ToString::to_string),
+        })?;
+        Ok(Self { cluster, instance, found })
+    }
+
+    fn pools<'a>(&'a self, fleet: &'a Fleet<'a>) -> Result<Pools<'a>> {
+        let devices = devices_of_pools(&self.cluster, fleet.task.profile)?;
+        Ok(Pools { fleet, instance: &self.instance, devices })
+    }
+
+    /// The best of each pool alone.
+    fn alone(&self) -> impl Iterator<Item = (usize, &Layout)> {
+        let rows = self.found.alternatives.iter();
+        rows.filter_map(|of| Some((*of.pools.first()?, &of.best.as_ref()?.0)))
+    }
+
+    /// The best of all, then of each pool alone.
+    fn all(&self) -> Vec<&Layout> {
+        let best = self.found.best.as_ref().map(|(layout, _)| layout);
+        best.into_iter().chain(self.alone().map(|(_, layout)| layout)).collect()
+    }
 }
 
 /// The cluster with only the devices that the policy leaves.

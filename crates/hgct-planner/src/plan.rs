@@ -12,7 +12,7 @@ use hgct_core::timeline::Timeline;
 
 use crate::evaluate::Evaluated;
 use crate::exchange::owned;
-use crate::executable::plan_many;
+use crate::executable::{plan_many, starts};
 use crate::explain::{Explanation, Rejected, explain};
 use crate::fleet::{Fleet, Task};
 use crate::program::Group;
@@ -94,9 +94,12 @@ pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
             reason: format!("there are {} kinds to plan for", fleet.kinds.len()),
         });
     }
-    let mut planner = Planner { fleet: &fleet, budget, min_kinds, rejected: Vec::new(), start: None };
+    let mut planner =
+        Planner { fleet: &fleet, budget, min_kinds, rejected: Vec::new(), start: None, of_any_kinds: None };
     let without = planner.without_each()?;
     planner.others()?;
+    planner.layouts();
+    let of_any_kinds = planner.of_any_kinds()?;
     let mut rejected = planner.rejected;
     let mut space = Planner::space(fleet.counts(), policy.shape, min_kinds);
     let mut outcome = search(&fleet, &space, planner.start.take(), budget)?;
@@ -113,6 +116,11 @@ pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
     let Some(best) = outcome.best.clone() else {
         return Err(no_plan(&fleet, Some(&space), &outcome));
     };
+    if let Some(other) = of_any_kinds
+        && other.best.as_ref().is_some_and(|other| other.step_ns < best.step_ns)
+    {
+        rejected.push(Rejected::new(&fleet, "without min_kinds".into(), &other));
+    }
     finish(&fleet, &best, &outcome, &without, rejected, job)
 }
 
@@ -139,6 +147,8 @@ struct Planner<'a> {
     rejected: Vec<Rejected>,
     /// The best so far that the policy allows.
     start: Option<Evaluated>,
+    /// The same with however many kinds.
+    of_any_kinds: Option<Evaluated>,
 }
 
 impl Planner<'_> {
@@ -154,10 +164,12 @@ impl Planner<'_> {
     /// Remembers a plan as the search's start, if the policy allows it.
     fn offer(&mut self, found: Option<&Evaluated>) {
         let Some(found) = found else { return };
-        if found.sketch.is_allowed(self.fleet, self.min_kinds)
-            && self.start.as_ref().is_none_or(|best| found.step_ns < best.step_ns)
-        {
-            self.start = Some(found.clone());
+        for (best, kinds) in [(&mut self.start, self.min_kinds), (&mut self.of_any_kinds, 0)] {
+            if found.sketch.is_allowed(self.fleet, kinds)
+                && best.as_ref().is_none_or(|best| found.step_ns < best.step_ns)
+            {
+                *best = Some(found.clone());
+            }
         }
     }
 
@@ -214,6 +226,24 @@ impl Planner<'_> {
             self.rejected.push(Rejected::new(fleet, name, &outcome));
         }
         Ok(())
+    }
+
+    /// What the policy's wish for kinds costs: the best with however many; `None` without such a wish.
+    fn of_any_kinds(&mut self) -> Result<Option<Outcome>> {
+        if self.min_kinds <= 1 {
+            return Ok(None);
+        }
+        let space = Self::space(self.fleet.counts(), self.fleet.task.policy.shape, 0);
+        search(self.fleet, &space, self.of_any_kinds.take(), &self.budget.part(4)).map(Some)
+    }
+
+    /// What the search over pools would execute: where this one cannot be ended, it is not worse.
+    fn layouts(&mut self) {
+        if self.fleet.devices.len() > 1 {
+            for found in starts(self.fleet, self.budget) {
+                self.offer(Some(&found));
+            }
+        }
     }
 }
 

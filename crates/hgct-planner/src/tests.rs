@@ -3,3 +3,4 @@
 mod brute;
 pub(crate) mod fixture;
 mod plans;
+mod starts;

@@ -77,7 +77,7 @@ pub struct Alternative {
 /// Devices up to which everything is searched.
 const EXACT_DEVICES: u64 = 12;
 /// Nodes that this may take of the effort.
-const EXACT_NODES: u64 = 40_000_000;
+const EXACT_NODES: u64 = 60_000_000;
 
 /// Nodes that the proof of a gap may take.
 const PROOF_NODES: u64 = 120_000_000;
@@ -241,15 +241,7 @@ impl Finder<'_, '_> {
             priced: priced.clone(),
             crew: Vec::new(),
         });
-        let mut exact = Exact::new(
-            &table,
-            &limits,
-            &self.bound.prices,
-            self.bound.compute_s,
-            &schedules,
-            &mut meter,
-            known,
-        );
+        let mut exact = Exact::new(&table, &limits, &self.bound.prices, &schedules, &mut meter, known);
         let done = exact.run();
         let found = exact.best.map(|settled| (settled.layout, settled.priced));
         self.offer(found.as_ref());

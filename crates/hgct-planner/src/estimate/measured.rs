@@ -16,17 +16,19 @@ use crate::{Error, Result};
 /// Rate of a link that nothing crosses, bytes a second.
 const UNLIMITED: f64 = 1e15;
 
-/// Measured devices of one kind on nodes that have as many of them each.
+/// Alike measured devices of one kind on nodes that have as many of them each.
 struct Measured<'a> {
     kind: Kind,
     per_node: u32,
     /// A row a node.
-    devices: Vec<Vec<(&'a DeviceSpec, &'a DeviceProfile)>>,
+    devices: Vec<Vec<Device<'a>>>,
 }
 
-/// Takes costs, memory and links from what was measured; a pool for each kind and number of devices
-/// a node. The slowest device of a pool stands for all of it. There is no tensor parallelism yet
-/// where there is only a profile.
+type Device<'a> = (&'a DeviceSpec, &'a DeviceProfile);
+
+/// Takes costs, memory and links from what was measured; a pool for each kind, number of devices a node
+/// and speed. The slowest device of a pool stands for all of it, and devices that are not nearly as fast
+/// have a pool of their own. There is no tensor parallelism yet where there is only a profile.
 pub fn measured(
     cluster: &ClusterSpec,
     profile: &Profile,
@@ -80,26 +82,36 @@ pub fn measured(
 
 /// The devices of each pool of [`measured`], by node: what a layout's groups mean.
 pub fn devices_of_pools(cluster: &ClusterSpec, profile: &Profile) -> Result<Vec<Vec<Vec<DeviceId>>>> {
-    let ids = |node: &Vec<(&DeviceSpec, &DeviceProfile)>| node.iter().map(|(of, _)| of.id.clone()).collect();
+    let ids = |node: &Vec<Device<'_>>| node.iter().map(|(of, _)| of.id.clone()).collect();
     let of_group = |group: Measured<'_>| group.devices.iter().map(ids).collect();
     Ok(grouped(cluster, profile)?.into_iter().map(of_group).collect())
 }
 
 fn grouped<'a>(cluster: &'a ClusterSpec, profile: &'a Profile) -> Result<Vec<Measured<'a>>> {
-    type OfNode<'a> = Vec<(&'a DeviceSpec, &'a DeviceProfile)>;
-    let mut nodes: BTreeMap<(&Kind, &NodeId), OfNode<'a>> = BTreeMap::new();
+    let mut nodes: BTreeMap<(&Kind, &NodeId), Vec<Vec<Device<'a>>>> = BTreeMap::new();
     for (node, device) in cluster.devices() {
         let row = profile
             .device(&device.id)
             .ok_or_else(|| Error::NotMeasured { device: device.id.clone(), detail: String::new() })?;
-        nodes.entry((&device.kind, &node.name)).or_default().push((device, row));
+        let of_node = nodes.entry((&device.kind, &node.name)).or_default();
+        match of_node.iter_mut().find(|others| others.iter().all(|other| alike(*other, (device, row)))) {
+            Some(others) => others.push((device, row)),
+            None => of_node.push(vec![(device, row)]),
+        }
     }
     let mut groups: Vec<Measured<'a>> = Vec::new();
-    for ((kind, _), devices) in nodes {
-        let per_node = devices.len() as u32;
-        match groups.iter_mut().find(|group| group.kind == *kind && group.per_node == per_node) {
-            Some(group) => group.devices.push(devices),
-            None => groups.push(Measured { kind: kind.clone(), per_node, devices: vec![devices] }),
+    for ((kind, _), of_node) in nodes {
+        for devices in of_node {
+            let per_node = devices.len() as u32;
+            let same = |group: &&mut Measured<'a>| {
+                group.kind == *kind
+                    && group.per_node == per_node
+                    && group.all().all(|other| alike(*other, devices[0]))
+            };
+            match groups.iter_mut().find(same) {
+                Some(group) => group.devices.push(devices),
+                None => groups.push(Measured { kind: kind.clone(), per_node, devices: vec![devices] }),
+            }
         }
     }
     if groups.is_empty() {
@@ -108,8 +120,27 @@ fn grouped<'a>(cluster: &'a ClusterSpec, profile: &'a Profile) -> Result<Vec<Mea
     Ok(groups)
 }
 
+/// Whether one of two devices may stand for the other: as much memory, the same sizes of micro-batches,
+/// and blocks that take about as long.
+fn alike(a: Device<'_>, b: Device<'_>) -> bool {
+    let sizes = a.1.micro_batches();
+    let near = |size: &u32| {
+        let block = |row: &DeviceProfile| {
+            row.layer(LayerKind::Block, *size).map(|of| (of.forward.median_ns + of.backward.median_ns) as f64)
+        };
+        match (block(a.1), block(b.1)) {
+            (Some(a), Some(b)) => a.max(b) <= a.min(b) * ALIKE,
+            (a, b) => a.is_none() && b.is_none(),
+        }
+    };
+    MemoryLimit::of(a.0) == MemoryLimit::of(b.0) && sizes == b.1.micro_batches() && sizes.iter().all(near)
+}
+
+/// Ratio of the times of two devices that are taken for alike; more than measuring varies.
+const ALIKE: f64 = 1.1;
+
 impl<'a> Measured<'a> {
-    fn all(&self) -> impl Iterator<Item = &(&'a DeviceSpec, &'a DeviceProfile)> {
+    fn all(&self) -> impl Iterator<Item = &Device<'a>> {
         self.devices.iter().flatten()
     }
 

@@ -15,13 +15,13 @@ use crate::{
 };
 
 /// Plans, and holds the result to everything that must be true of any plan.
-fn planned(instance: &Instance) -> Planned {
+pub(super) fn planned(instance: &Instance) -> Planned {
     let planned = plan(&instance.input(), &Budget::default()).unwrap();
     check(instance, &planned);
     planned
 }
 
-fn check(instance: &Instance, planned: &Planned) {
+pub(super) fn check(instance: &Instance, planned: &Planned) {
     let Planned { plan, explanation, timeline } = planned;
     let findings = lint(plan, &instance.cluster, &instance.profile);
     let bad: Vec<_> = findings.iter().filter(|f| f.severity == Severity::Error).collect();

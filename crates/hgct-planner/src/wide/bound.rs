@@ -137,8 +137,8 @@ impl Bound {
         let devices = instance.pools.iter().map(|pool| pool.num_devices() as f64);
         let mut shares: Vec<f64> = devices.zip(&self.prices).map(|(n, price)| n * price).collect();
         shares.extend([0.0, 0.0]);
-        let any = Case { exchange: None, pipelines: None, largest: f64::INFINITY };
-        let fill_s = dual.seconds(any, enough, 8, &mut shares);
+        let any = Case { exchange: None, pipelines: None, largest: unlimited(instance) };
+        let fill_s = dual.seconds(&any, enough, 8, &mut shares);
         self.fill_s = self.fill_s.max(fill_s * (1.0 - 1e-9));
         self.exchange_s = self.exchange_s.max(self.fill_s);
         let exchange_s = exchanges.seconds(&mut dual, self.fill_s, enough, &shares);
@@ -188,28 +188,59 @@ impl<'a> Exchanges<'a> {
                 let case = |most: f64| Case {
                     exchange: Some(most * devices + free),
                     pipelines: None,
-                    largest: f64::INFINITY,
+                    largest: unlimited(self.instance),
                 };
                 over_exchanges(dual, &case, least_s, enough, shares)
             }
             Exchange::FlatRing { .. } if self.instance.rules.exchange_overlap > 0.0 || span <= 0.0 => least_s,
-            Exchange::FlatRing { .. } => {
-                let mut best = least_s;
-                for pipelines in [2.0, 4.0, 8.0, 16.0, 32.0] {
-                    let few =
-                        Case { exchange: None, pipelines: Some(pipelines - 1.0), largest: f64::INFINITY };
-                    let few = dual.seconds(few, enough, 8, &mut shares.to_vec());
-                    if few <= best {
+            Exchange::FlatRing { bucket_bytes } => {
+                // Any layout has its number of pipelines between two neighbours of these.
+                let most = self.instance.num_devices() as f64;
+                let mut least = enough;
+                for (at, low) in PIPELINES.iter().enumerate().filter(|(_, low)| **low <= most) {
+                    let next = PIPELINES.get(at + 1).filter(|next| **next <= most);
+                    let pipelines = next.map(|next| next - 1.0);
+                    let largest = |seconds: f64| self.largest(*low, seconds, bucket_bytes);
+                    let case = |seconds: f64| Case { exchange: None, pipelines, largest: largest(seconds) };
+                    least = least.min(over_exchanges(dual, &case, least_s, least, shares));
+                    if least <= least_s {
                         break;
                     }
-                    let a_byte = ring(self.instance, pipelines);
-                    let case = |most: f64| Case { exchange: None, pipelines: None, largest: most / a_byte };
-                    best = best.max(few.min(over_exchanges(dual, &case, least_s, enough, shares)));
                 }
-                best
+                least.max(least_s)
             }
         }
     }
+
+    /// Gradient bytes of a stage of each pool, divided by its degree, that a ring of so many pipelines
+    /// or more exchanges in `seconds` at most. What a group of layers sends is not more than what a
+    /// stage with its least degree holds, so a bound on that bounds its messages, whose sizes bound the
+    /// rates of links; and the holders on a pool have a link of it on one side at least.
+    fn largest(&self, pipelines: f64, seconds: f64, bucket_bytes: f64) -> Vec<f64> {
+        let instance = self.instance;
+        if pipelines < 2.0 {
+            return unlimited(instance);
+        }
+        let mut group = gradients(instance);
+        let mut largest = unlimited(instance);
+        for _ in 0..3 {
+            let messages = group.min(bucket_bytes) / pipelines;
+            for (pool, largest) in largest.iter_mut().enumerate() {
+                *largest = seconds / ring(instance, pool, pipelines, messages);
+            }
+            group = group.min(largest.iter().copied().fold(0.0, f64::max));
+        }
+        largest
+    }
+}
+
+/// Numbers of pipelines between which layouts are bounded apart.
+const PIPELINES: [f64; 15] =
+    [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0, 1024.0];
+
+/// No limit to what a stage holds.
+fn unlimited(instance: &Instance) -> Vec<f64> {
+    vec![f64::INFINITY; instance.pools.len()]
 }
 
 /// The least of `X + seconds of the pipelines` over all X, which is divided until the least part is
@@ -238,7 +269,7 @@ fn over_exchanges(
             open.push(Part { span: (low, middle), own: false, ..part.clone() });
             open.push(Part { seconds: pipelines + middle, span: (middle, high), ..part });
         } else {
-            let found = dual.seconds(case(high), enough - low, 6, &mut part.shares);
+            let found = dual.seconds(&case(high), enough - low, 6, &mut part.shares);
             part.seconds = part.seconds.max(low + found);
             part.own = true;
             open.push(part);
@@ -351,32 +382,48 @@ pub(crate) fn gradients(instance: &Instance) -> f64 {
     instance.runs.iter().map(|r| instance.classes[r.class].gradient_bytes * f64::from(r.count)).sum()
 }
 
-/// Seconds that a stage of a group exchanges at least, a gradient byte divided by its degree, with at
-/// least so many pipelines.
-fn ring(instance: &Instance, pipelines: f64) -> f64 {
-    let Exchange::FlatRing { bucket_bytes } = instance.rules.exchange else { return 0.0 };
+/// Seconds that a stage of a pool exchanges at least, a gradient byte divided by its degree, with at
+/// least so many pipelines and messages of at most so many bytes.
+fn ring(instance: &Instance, pool: usize, pipelines: f64, messages: f64) -> f64 {
     let largest = f64::from(instance.degrees.last().copied().unwrap_or(1));
     let layers = instance.runs.iter().map(|r| instance.classes[r.class].gradient_bytes);
-    let (small, sum) = (layers.filter(|b| *b > 0.0).fold(f64::INFINITY, f64::min), gradients(instance));
+    let small = layers.filter(|b| *b > 0.0).fold(f64::INFINITY, f64::min);
     let most = instance.num_devices() as f64;
-    let sizes = (small / largest / most, sum.min(bucket_bytes) / pipelines);
-    let rate = instance.inter.iter().flatten().map(|l| fastest(l, sizes)).fold(0.0, f64::max);
-    2.0 * (pipelines - 1.0) / pipelines / rate
+    let sizes = (small / largest / most, messages);
+    let pools = 0..instance.pools.len();
+    let beside = pools.map(|other| {
+        let both = [&instance.inter[pool][other], &instance.inter[other][pool]];
+        both.map(|link| link.curve(1, 1).map_or(0.0, |curve| fastest_curve(curve, sizes)))
+            .into_iter()
+            .fold(0.0, f64::max)
+    });
+    2.0 * (pipelines - 1.0) / pipelines / beside.fold(0.0, f64::max)
 }
 
-/// The best rate of a link for any message in a range of sizes.
-fn fastest(link: &Link, (smallest, largest): (f64, f64)) -> f64 {
-    let of = |curve: &Curve| {
-        let ends = curve.bytes_per_s(smallest).max(curve.bytes_per_s(largest));
-        match curve {
-            Curve::AlphaBeta { bytes_per_s, .. } => *bytes_per_s,
-            Curve::Polynomial { a, b, smallest_bytes, .. } => {
-                let vertex = (-b / (2.0 * a)).exp2() * 1e6;
-                let inner =
-                    if vertex > smallest && vertex < largest { curve.bytes_per_s(vertex) } else { 0.0 };
-                ends.max(inner).max(curve.bytes_per_s(*smallest_bytes))
-            }
-        }
+/// Seconds of a message from device to device at least, whatever its size, and of each of its bytes.
+pub(crate) fn quickest(instance: &Instance) -> (f64, f64) {
+    let links = instance.inter.iter().flatten();
+    let of = |link: &Link| match link.curve(1, 1) {
+        Some(Curve::AlphaBeta { latency_s, bytes_per_s }) => (*latency_s, 1.0 / bytes_per_s),
+        Some(curve) => (0.0, 1.0 / fastest_curve(curve, (1.0, gradients(instance)))),
+        None => (f64::INFINITY, f64::INFINITY),
     };
-    link.rows.iter().map(|row| of(&row.curve)).fold(0.0, f64::max)
+    links.map(of).fold((f64::INFINITY, f64::INFINITY), |a, b| (a.0.min(b.0), a.1.min(b.1)))
+}
+
+/// The best rate of a link for any message in a range of sizes, whatever devices use it.
+fn fastest(link: &Link, sizes: (f64, f64)) -> f64 {
+    link.rows.iter().map(|row| fastest_curve(&row.curve, sizes)).fold(0.0, f64::max)
+}
+
+fn fastest_curve(curve: &Curve, (smallest, largest): (f64, f64)) -> f64 {
+    let ends = curve.bytes_per_s(smallest).max(curve.bytes_per_s(largest));
+    match curve {
+        Curve::AlphaBeta { bytes_per_s, .. } => *bytes_per_s,
+        Curve::Polynomial { a, b, smallest_bytes, .. } => {
+            let vertex = (-b / (2.0 * a)).exp2() * 1e6;
+            let inner = if vertex > smallest && vertex < largest { curve.bytes_per_s(vertex) } else { 0.0 };
+            ends.max(inner).max(curve.bytes_per_s(*smallest_bytes))
+        }
+    }
 }

@@ -29,8 +29,8 @@ pub(crate) struct Market {
     pub(crate) exchange: f64,
     /// Samples a pipeline.
     pub(crate) pipeline: f64,
-    /// Gradient bytes of a stage, divided by its degree, at most.
-    pub(crate) largest: f64,
+    /// Gradient bytes of a stage of each pool, divided by its degree, at most.
+    pub(crate) largest: Vec<f64>,
 }
 
 /// Device-seconds that a layer's exchange takes, for each device that holds it.
@@ -52,6 +52,17 @@ pub(crate) struct Cheapest {
     pub(crate) exchange: f64,
     /// `F − M`.
     pub(crate) fixed: f64,
+    /// Of one stage: its pace, of which a step has a whole number, and samples of a micro-batch.
+    pub(crate) whole: Option<(f64, f64)>,
+}
+
+/// A pipeline of one stage, whose micro-batches are counted exactly.
+struct Single {
+    choice: usize,
+    pace: f64,
+    exchange: f64,
+    /// Gradient bytes, divided by its degree.
+    bytes: f64,
 }
 
 /// A choice with sums over the layers before each layer.
@@ -73,6 +84,7 @@ pub(crate) struct Chains<'t, 'a> {
     size: usize,
     schedule: Schedule,
     ways: Vec<Way>,
+    singles: Vec<Single>,
     /// Largest part of a stage's compute that counts as fill, and its handing on.
     fill_part: f64,
     handing: f64,
@@ -116,7 +128,42 @@ impl<'t, 'a> Chains<'t, 'a> {
             ways.push(Way { choice, plain, compute, fill, exchange, handing, fitting: Vec::new().into() });
         }
         let handing = ways.iter().map(|way| 2.0 * way.handing).fold(0.0, f64::max);
-        Self { table, size, schedule, ways, fill_part, handing }
+        let in_flight = schedule.in_flight(1, 0);
+        let fits = |way: &&Way| table.fits(way.choice, size, 0, layers, in_flight);
+        let single = |way: &Way| Single {
+            choice: way.choice,
+            pace: way.compute[layers],
+            exchange: way.exchange[layers],
+            bytes: table.gradient[layers] / f64::from(table.choices[way.choice].degree),
+        };
+        let singles = ways.iter().filter(fits).map(single).collect();
+        Self { table, size, schedule, ways, singles, fill_part, handing }
+    }
+
+    /// Pipelines of one stage, with the seconds that they take to do what they are paid for. They have no
+    /// fill, so that nothing is lost by counting whole micro-batches.
+    pub(crate) fn singles(&self, market: &Market) -> impl Iterator<Item = Cheapest> {
+        let samples = f64::from(self.table.micro_batches[self.size]);
+        let allowed = |of: &&Single| {
+            let pool = self.table.choices[of.choice].pool;
+            of.bytes <= market.largest[pool] * (1.0 + 1e-9)
+        };
+        self.singles.iter().filter(allowed).map(move |of| {
+            let choice = &self.table.choices[of.choice];
+            let mut devices = vec![0.0; self.table.instance.pools.len()];
+            devices[choice.pool] = f64::from(choice.devices);
+            let price = market.devices[choice.pool] * devices[choice.pool]
+                + market.exchange * of.exchange
+                + market.pipeline;
+            Cheapest {
+                seconds: (price / samples * (1.0 - 1e-9)).ceil().max(0.0) * of.pace,
+                weight: of.pace / samples,
+                devices,
+                exchange: of.exchange,
+                fixed: 0.0,
+                whole: Some((of.pace, samples)),
+            }
+        })
     }
 
     /// First layer of a stage that ends at each layer, as memory allows with `behind` stages behind it;
@@ -194,7 +241,7 @@ impl<'t, 'a> Chains<'t, 'a> {
         4 * (self.table.num_layers * self.ways.len()) as u64
     }
 
-    /// The cheapest pipeline with a pace of `low` to `high`; `None` if there is none. Work: about
+    /// The cheapest pipeline of several stages with a pace of `low` to `high`; `None` if there is none. Work: about
     /// `layers · ways` steps, times the layers of a stage.
     pub(crate) fn cheapest(&self, market: &Market, (low, high): (f64, f64)) -> Option<Cheapest> {
         let table = self.table;
@@ -238,7 +285,8 @@ impl<'t, 'a> Chains<'t, 'a> {
                 let degree = f64::from(table.choices[way.choice].degree);
                 let handing = if serial && end < layers { way.handing } else { 0.0 };
                 let pace = high * (1.0 + 1e-9) - handing;
-                let bytes = market.largest * degree * (1.0 + 1e-9);
+                let largest = market.largest[table.choices[way.choice].pool];
+                let bytes = largest * degree * (1.0 + 1e-9);
                 let in_pace = |first: usize| {
                     way.compute[end] - way.compute[first] <= pace
                         && table.gradient[end] - table.gradient[first] <= bytes
@@ -256,7 +304,9 @@ impl<'t, 'a> Chains<'t, 'a> {
                 let start = start.max(fitting);
                 let after = if end < layers { weight * way.handing } else { 0.0 };
                 let with = least[end] + fixed[at] + after + sums[at][end];
-                for first in start..end {
+                // Those of one stage are counted exactly, elsewhere.
+                let least_first = usize::from(end == layers);
+                for first in start.max(least_first)..end {
                     let before = if first > 0 { weight * way.handing } else { 0.0 };
                     let price = with - sums[at][first] + before;
                     if price < least[first] {
@@ -277,6 +327,7 @@ impl<'t, 'a> Chains<'t, 'a> {
             devices: vec![0.0; table.instance.pools.len()],
             exchange: 0.0,
             fixed: -free,
+            whole: None,
         };
         let mut first = 0;
         while first < layers {

@@ -12,28 +12,28 @@
 //! stage) is in [`Exchanges`].
 
 use crate::bound::maximise;
-use crate::instance::{Instance, Schedule};
+use crate::instance::{Exchange, Instance, Schedule};
 
 use super::Meter;
 use super::chain::{Chains, Cheapest, Holding, Market};
 use super::table::Table;
 
 /// What is known of a layout in one case.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Case {
     /// Device-seconds of exchange of all pipelines at most.
     pub(crate) exchange: Option<f64>,
     /// Pipelines at most.
     pub(crate) pipelines: Option<f64>,
-    /// Gradient bytes of a stage at most, divided by its degree.
-    pub(crate) largest: f64,
+    /// Gradient bytes of a stage of each pool at most, divided by its degree.
+    pub(crate) largest: Vec<f64>,
 }
 
 /// Rows of the linear programme, kept from case to case: they hold in all that allow the same stages.
 pub(crate) struct Dual<'t, 'a, 'm> {
     instance: &'a Instance,
     chains: Vec<Chains<'t, 'a>>,
-    rows: Vec<(f64, Cheapest)>,
+    rows: Vec<(Vec<f64>, Cheapest)>,
     /// Longest pace that is of interest.
     longest: f64,
     meter: &'t mut Meter<'m>,
@@ -65,10 +65,10 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
 
     /// Seconds that pipelines of the case take at least; no more than `enough`, which is reason to
     /// stop. `shares` are the first prices, and the last ones afterwards.
-    pub(crate) fn seconds(&mut self, case: Case, enough: f64, rounds: u32, shares: &mut Shares) -> f64 {
+    pub(crate) fn seconds(&mut self, case: &Case, enough: f64, rounds: u32, shares: &mut Shares) -> f64 {
         let mut best = 0.0f64;
         if self.rows.len() > 8 {
-            self.solve(case, shares);
+            self.solve(case, shares, None);
         }
         for _ in 0..rounds {
             let Some(found) = self.cheapest(case, shares, enough) else { break };
@@ -76,16 +76,54 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             if best >= enough {
                 break;
             }
-            let most = self.solve(case, shares);
+            let most = self.solve(case, shares, None);
             if most - best < 0.002 * most {
                 break;
             }
         }
-        best.min(enough)
+        self.with_whole(case, enough, best, shares).min(enough)
+    }
+
+    /// The same with prices for whole micro-batches of pipelines of one stage. Their seconds are steps
+    /// over prices, so a time is guessed, and the prices are sought at which none is faster. Only for rings
+    /// over single devices, which small models have: elsewhere steps have far more micro-batches.
+    fn with_whole(&mut self, case: &Case, enough: f64, least: f64, shares: &mut Shares) -> f64 {
+        let mut best = least;
+        let rings = matches!(self.instance.rules.exchange, Exchange::FlatRing { .. });
+        if !rings || best >= enough || self.singles(case, shares).is_empty() {
+            return best;
+        }
+        let mut high = enough;
+        for _ in 0..WHOLE_GUESSES {
+            if high - best < 0.004 * high {
+                break;
+            }
+            let guess = f64::midpoint(best, high);
+            let mut reached = false;
+            for _ in 0..WHOLE_ROUNDS {
+                let mut tried = shares.clone();
+                if self.solve(case, &mut tried, Some(guess)) < guess {
+                    break;
+                }
+                let Some(found) = self.cheapest(case, &tried, guess) else { break };
+                if found > best {
+                    best = found;
+                    shares.clone_from(&tried);
+                }
+                reached = found >= guess * (1.0 - 1e-9);
+                if reached {
+                    break;
+                }
+            }
+            if !reached {
+                high = guess;
+            }
+        }
+        best
     }
 
     /// Units of a share: what is there of each resource, a sample of the batch.
-    fn units(&self, case: Case) -> Vec<f64> {
+    fn units(&self, case: &Case) -> Vec<f64> {
         let batch = f64::from(self.instance.global_batch);
         let pools = self.instance.pools.iter().map(|pool| pool.num_devices() as f64);
         pools
@@ -94,20 +132,33 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             .collect()
     }
 
-    /// The least seconds of any pipeline at these prices, which becomes a row; infinite if there is
-    /// none, `None` when out of nodes.
-    /// Intervals of paces are halved, the most promising first, until they are narrow.
-    fn cheapest(&mut self, case: Case, shares: &Shares, enough: f64) -> Option<f64> {
+    fn market(&self, case: &Case, shares: &Shares) -> Market {
         let units = self.units(case);
         let pools = self.instance.pools.len();
         let priced: Vec<f64> = shares.iter().zip(&units).map(|(share, unit)| share * unit).collect();
-        let market = Market {
+        Market {
             devices: priced[..pools].to_vec(),
             exchange: priced[pools],
             pipeline: priced[pools + 1],
-            largest: case.largest,
-        };
+            largest: case.largest.clone(),
+        }
+    }
+
+    /// All pipelines of one stage at these prices.
+    fn singles(&self, case: &Case, shares: &Shares) -> Vec<Cheapest> {
+        let market = self.market(case, shares);
+        self.chains.iter().flat_map(|chains| chains.singles(&market)).collect()
+    }
+
+    /// The least seconds of any pipeline at these prices, which becomes a row; infinite if there is
+    /// none, `None` when out of nodes.
+    /// Intervals of paces are halved, the most promising first, until they are narrow.
+    fn cheapest(&mut self, case: &Case, shares: &Shares, enough: f64) -> Option<f64> {
+        let market = self.market(case, shares);
         let mut open: Vec<Open> = Vec::new();
+        for single in self.singles(case, shares) {
+            open.push((single.seconds, 0, (1.0, 1.0), Some(single)));
+        }
         for (at, chains) in self.chains.iter().enumerate() {
             let mut low = chains.least_pace().max(self.longest * 1e-6);
             while low < self.longest {
@@ -129,7 +180,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 continue;
             };
             if high < low * NARROW || seconds >= enough {
-                self.rows.push((case.largest, found));
+                self.rows.push((case.largest.clone(), found));
                 return Some(seconds);
             }
             let middle = (low * high).sqrt();
@@ -140,16 +191,29 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
         Some(f64::INFINITY)
     }
 
-    /// The best prices for the rows that are known, with their seconds.
-    fn solve(&self, case: Case, shares: &mut Shares) -> f64 {
+    /// The best prices for the rows that are known, with their seconds. `guess`: those of one stage do
+    /// the whole micro-batches of about that time.
+    fn solve(&self, case: &Case, shares: &mut Shares, guess: Option<f64>) -> f64 {
         let units = self.units(case);
         let pools = self.instance.pools.len();
+        let inside = |largest: &Vec<f64>| largest.iter().zip(&case.largest).all(|(a, b)| a <= b);
+        let mut rows: Vec<Cheapest> =
+            self.rows.iter().filter(|(largest, _)| inside(largest)).map(|(_, row)| row.clone()).collect();
+        if let Some(guess) = guess {
+            rows.retain(|row| row.whole.is_none());
+            for mut row in self.singles(case, shares) {
+                let Some((pace, samples)) = row.whole else { continue };
+                let num = (guess / pace * (1.0 - 1e-9)).floor();
+                if num >= 1.0 {
+                    row.weight = guess / (num * samples) * (1.0 - 1e-7);
+                    rows.push(row);
+                }
+            }
+        }
         // Variables: seconds above the least constant, then shares.
-        let rows: Vec<&Cheapest> =
-            self.rows.iter().filter(|(largest, _)| *largest <= case.largest).map(|(_, row)| row).collect();
         let least = rows.iter().map(|row| row.fixed).fold(0.0, f64::min);
         let mut lines = Vec::with_capacity(rows.len() + 1);
-        for row in rows {
+        for row in &rows {
             let mut line = vec![1.0];
             line.extend(row.devices.iter().zip(&units).map(|(n, unit)| -row.weight * n * unit));
             line.push(if case.exchange.is_some() { -row.weight * row.exchange * units[pools] } else { 0.0 });
@@ -180,6 +244,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     }
 }
 
+/// Times that are guessed for whole micro-batches, and prices that are sought for each.
+const WHOLE_GUESSES: u32 = 7;
+const WHOLE_ROUNDS: u32 = 5;
 /// Ratio of the ends of a first interval of paces.
 const FIRST: f64 = 2.0;
 /// Ratio below which an interval is not halved.

@@ -1,39 +1,104 @@
 //! Every way to use a few devices.
 //!
 //! First all pipelines that could be part of a plan as fast as the best so far, then all sets of
-//! them. What ends a branch: at device prices λ that sum to 1, and Y priced seconds a sample, devices
-//! worth Λ do at most `Λ T / Y` samples in T seconds, so what is chosen and what is left must together
-//! reach the global batch. Each set is divided and priced exactly.
+//! them, each divided and priced exactly. What ends a branch:
+//!
+//! * At device prices λ that sum to 1, and Y priced seconds a sample, devices worth Λ do at most
+//!   `Λ T / Y` samples in T seconds, so what is chosen and what is left must together reach the global
+//!   batch. Of a pipeline that is being made, a sample also costs what its remaining layers cost.
+//! * A layout takes its update and, with n pipelines, a ring of its largest stage (`Beside`) beside
+//!   its pipelines, which have so much less time.
+//! * Once all pipelines are known, the linear programme of how many of each prices devices anew. What a
+//!   pipeline costs more than its samples are worth is *slack*; all that is chosen may have as much of
+//!   it as the programme's value is above the batch.
 
-use crate::instance::{Schedule, Work, check};
+use crate::instance::{Exchange, Schedule, Update, Work, check};
 
 use super::Meter;
+use super::bound::{Costs, quickest};
 use super::form::{Form, Placed};
+use super::program::{Column, relaxed};
 use super::settle::{Crew, Settled, settle};
-use super::table::Table;
+use super::table::{StageTime, Table};
 
 /// See the module. Devices and batch small enough for it are the caller's to say.
 pub(crate) struct Exact<'a, 't, 'm> {
-    pub(crate) table: &'t Table<'a>,
-    pub(crate) limits: &'t [u64],
+    table: &'t Table<'a>,
+    limits: &'t [u64],
     /// Price of a device of each pool; `Σ limits · prices = 1`.
-    pub(crate) prices: &'t [f64],
-    /// Priced seconds of the global batch.
-    pub(crate) bound: f64,
-    pub(crate) schedules: &'t [Schedule],
-    pub(crate) meter: &'t mut Meter<'m>,
+    prices: &'t [f64],
+    schedules: &'t [Schedule],
+    meter: &'t mut Meter<'m>,
     pub(crate) best: Option<Settled>,
-    forms: Vec<Form>,
+    /// Priced seconds of a sample in the layers before each layer.
+    priced: Vec<f64>,
+    ring: Ring,
+    found: Vec<Candidate>,
+}
+
+/// What a ring over all holders of a layer takes at least.
+#[derive(Debug, Clone, Copy)]
+struct Ring {
+    /// Of a message between two neighbours.
+    latency_s: f64,
+    seconds_a_byte: f64,
+    bucket_bytes: f64,
+}
+
+/// What a layout takes at least beside its pipelines, because one of them is there.
+#[derive(Debug, Clone, Copy, Default)]
+struct Beside {
+    update_s: f64,
+    /// Gradient bytes of a stage, divided by its degree; the largest.
+    bytes: f64,
+}
+
+impl Beside {
+    fn and(self, other: Self) -> Self {
+        Self { update_s: self.update_s.max(other.update_s), bytes: self.bytes.max(other.bytes) }
+    }
+
+    /// `2 (n − 1) (latency + bytes / n / rate)`, latency once a bucket, and the update.
+    fn seconds(self, ring: Ring, pipelines: usize) -> f64 {
+        let n = pipelines as f64;
+        let messages = (self.bytes / ring.bucket_bytes).ceil();
+        let each = messages * ring.latency_s + self.bytes / n * ring.seconds_a_byte;
+        (self.update_s + 2.0 * (n - 1.0) * each) * (1.0 - 1e-9)
+    }
+}
+
+/// A pipeline that may be part of a plan.
+struct Candidate {
+    form: Form,
+    beside: Beside,
 }
 
 /// Stages of a pipeline that is being made, from the last on.
+#[derive(Clone)]
 struct Suffix {
     stages: Vec<Placed>,
     used: Vec<u64>,
     worth: f64,
+    /// Of the stages behind the first, whose neighbours are all known.
+    behind: Sums,
+    beside: Beside,
+}
+
+/// How long a pipeline takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sums {
     pace: f64,
     fill: f64,
     largest_fill: f64,
+}
+
+/// What one run of [`Exact::extend`] is about.
+struct Kind {
+    size: usize,
+    schedule: Schedule,
+    samples: f64,
+    /// The least fill of the layers before each layer.
+    fill: Vec<f64>,
 }
 
 impl<'a, 't, 'm> Exact<'a, 't, 'm> {
@@ -41,39 +106,46 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         table: &'t Table<'a>,
         limits: &'t [u64],
         prices: &'t [f64],
-        bound: f64,
         schedules: &'t [Schedule],
         meter: &'t mut Meter<'m>,
         best: Option<Settled>,
     ) -> Self {
-        Self { table, limits, prices, bound, schedules, meter, best, forms: Vec::new() }
+        let instance = table.instance;
+        let costs = Costs::new(instance);
+        let mut priced = vec![0.0];
+        for class in instance.layer_classes() {
+            let of = |(least, price): (&Vec<f64>, &f64)| price * least[class];
+            let least = costs.least.iter().zip(prices).map(of).fold(f64::INFINITY, f64::min);
+            priced.push(priced[priced.len() - 1] + least);
+        }
+        let ring = match instance.rules.exchange {
+            Exchange::FlatRing { bucket_bytes } if instance.rules.exchange_overlap <= 0.0 => {
+                let (latency_s, seconds_a_byte) = quickest(instance);
+                Ring { latency_s, seconds_a_byte, bucket_bytes }
+            }
+            // What hides, and what stays inside a node, is left to the price of each layout.
+            _ => Ring { latency_s: 0.0, seconds_a_byte: 0.0, bucket_bytes: f64::INFINITY },
+        };
+        Self { table, limits, prices, schedules, meter, best, priced, ring, found: Vec::new() }
     }
 
     /// `Some` if nothing faster than `best` exists.
     pub(crate) fn run(&mut self) -> Option<()> {
         for size in 0..self.table.micro_batches.len() {
             for schedule in self.schedules {
-                let mut suffix = Suffix {
+                let kind = self.kind(size, *schedule);
+                let suffix = Suffix {
                     stages: Vec::new(),
                     used: vec![0; self.limits.len()],
                     worth: 0.0,
-                    pace: 0.0,
-                    fill: 0.0,
-                    largest_fill: 0.0,
+                    behind: Sums::default(),
+                    beside: Beside::default(),
                 };
-                self.extend(size, *schedule, self.table.num_layers, &mut suffix)?;
+                self.extend(&kind, self.table.num_layers, &suffix)?;
             }
         }
-        // The most productive devices first, so that good plans come early.
-        let known = self.known();
-        let value = |form: &Form| form.samples(self.table, known) as f64 / self.worth(&form.used).max(1e-12);
-        let mut order: Vec<(f64, usize)> =
-            self.forms.iter().enumerate().map(|(at, form)| (value(form), at)).collect();
-        order.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        self.forms = order.into_iter().map(|(_, at)| self.forms[at].clone()).collect();
-        let mut chosen = Vec::new();
-        let left = self.limits.to_vec();
-        self.choose(0, &left, 0, 0.0, &mut chosen)
+        self.alone()?;
+        self.several()
     }
 
     /// The time to beat; a step that is as fast is of no use.
@@ -81,110 +153,273 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         self.best.as_ref().map_or(1e30, Settled::seconds)
     }
 
-    fn worth(&self, used: &[u32]) -> f64 {
-        used.iter().zip(self.prices).map(|(n, p)| f64::from(*n) * p).sum()
+    fn batch(&self) -> f64 {
+        f64::from(self.table.instance.global_batch)
     }
 
-    /// Whether so many samples and devices of the rest reach the batch.
-    fn reaches(&self, samples: f64, worth: f64, seconds: f64) -> bool {
-        let batch = f64::from(self.table.instance.global_batch);
-        let rest = (1.0 - worth).max(0.0) * seconds / self.bound * batch;
-        samples + rest * (1.0 + 1e-9) + 1e-6 >= batch
+    fn kind(&self, size: usize, schedule: Schedule) -> Kind {
+        let table = self.table;
+        let mut fill = vec![0.0];
+        for layer in 0..table.num_layers {
+            let of = |choice: usize| {
+                let (forward_s, backward_s) = table.compute(choice, size, layer, layer + 1);
+                schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0 })
+            };
+            let runs = (0..table.choices.len()).filter(|choice| table.runs(*choice, size));
+            fill.push(fill[layer] + runs.map(of).fold(f64::INFINITY, f64::min));
+        }
+        Kind { size, schedule, samples: f64::from(table.micro_batches[size]), fill }
     }
 
-    fn extend(&mut self, size: usize, schedule: Schedule, end: usize, suffix: &mut Suffix) -> Option<()> {
-        let micro_batch = f64::from(self.table.micro_batches[size]);
-        let seconds = self.known();
-        for choice in 0..self.table.choices.len() {
-            let of = self.table.choices[choice];
+    /// Whether a pipeline with these stages, whose first is `first`, may be part of a plan that is
+    /// faster than the best; `rest`: with what the layers before `first` take at least.
+    fn is_useful(&self, kind: &Kind, sums: &Sums, worth: f64, beside: Beside, rest: Option<usize>) -> bool {
+        let known = self.known();
+        let fill = sums.fill - sums.largest_fill;
+        // Either the slowest stage is among those that are not there yet, or their fill is added.
+        let fill = rest.map_or(fill, |first| (fill + kind.fill[first]).min(sums.fill));
+        let samples = |seconds: f64| {
+            kind.samples * ((seconds - fill) / sums.pace * (1.0 + 1e-9) + 1e-9).floor().min(1e9)
+        };
+        if samples(known - beside.update_s) >= self.batch() {
+            return true;
+        }
+        let seconds = known - beside.seconds(self.ring, 2);
+        let most = samples(seconds);
+        if most < kind.samples {
+            return false;
+        }
+        // A sample of this pipeline takes its other layers' part from the devices that are left.
+        let all = self.priced[self.table.num_layers];
+        let part = rest.map_or(1.0, |first| 1.0 - self.priced[first] / all);
+        most * part + (1.0 - worth).max(0.0) * seconds / all * (1.0 + 1e-9) + 1e-6 >= self.batch()
+    }
+
+    fn extend(&mut self, kind: &Kind, end: usize, suffix: &Suffix) -> Option<()> {
+        let table = self.table;
+        let after = suffix.stages.last().map(|stage| table.choices[usize::from(stage.choice)].end);
+        for choice in 0..table.choices.len() {
+            let of = table.choices[choice];
             let room = suffix.used[of.pool] + u64::from(of.devices) <= self.limits[of.pool];
-            if !room || !self.table.runs(choice, size) {
+            if !room || !table.runs(choice, kind.size) {
                 continue;
             }
+            let behind = self.behind(kind, suffix, of.end);
+            let worth = suffix.worth + f64::from(of.devices) * self.prices[of.pool];
+            let in_flight = kind.schedule.in_flight(suffix.stages.len() + 1, 0);
             for first in (0..end).rev() {
                 self.meter.spend(1)?;
-                let in_flight = schedule.in_flight(suffix.stages.len() + 1, 0);
-                if !self.table.fits(choice, size, first, end, in_flight) {
+                if !table.fits(choice, kind.size, first, end, in_flight) {
                     break;
                 }
-                let (forward_s, backward_s) = self.table.compute(choice, size, first, end);
-                let of_fill = schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0 });
-                let pace = suffix.pace.max(forward_s + backward_s);
-                let fill = suffix.fill + of_fill;
-                let largest_fill = suffix.largest_fill.max(of_fill);
-                let worth = suffix.worth + f64::from(of.devices) * self.prices[of.pool];
-                let num = ((seconds - (fill - largest_fill)) / pace * (1.0 + 1e-9) + 1e-9).floor();
-                if num < 1.0 || !self.reaches(num * micro_batch, worth, seconds) {
+                let (forward, backward) = table.compute(choice, kind.size, first, end);
+                // What stands before it is not known yet, and may cost nothing.
+                let transfer =
+                    table.stage_transfer(kind.size, (first, end), of.end, after, None, 1, kind.schedule);
+                let sums = behind.with(table, kind, StageTime { forward, backward, transfer });
+                let bytes = (table.gradient[end] - table.gradient[first]) / f64::from(of.degree);
+                let own = Beside { update_s: 0.0, bytes };
+                if !self.is_useful(kind, &sums, worth, suffix.beside.and(own), None) {
                     // Longer stages are slower still.
                     break;
                 }
-                suffix.stages.push(Placed { first: first as u16, choice: choice as u16 });
-                if first == 0 {
-                    let mut stages = suffix.stages.clone();
-                    stages.reverse();
-                    if let Some(form) = Form::new(self.table, size, schedule, stages) {
-                        let samples = form.samples(self.table, seconds) as f64;
-                        if samples > 0.0 && self.reaches(samples, worth, seconds) {
-                            self.forms.push(form);
-                        }
-                    }
-                } else {
-                    let before = (suffix.worth, suffix.pace, suffix.fill, suffix.largest_fill);
-                    (suffix.worth, suffix.pace, suffix.fill, suffix.largest_fill) =
-                        (worth, pace, fill, largest_fill);
-                    suffix.used[of.pool] += u64::from(of.devices);
-                    self.extend(size, schedule, first, suffix)?;
-                    suffix.used[of.pool] -= u64::from(of.devices);
-                    (suffix.worth, suffix.pace, suffix.fill, suffix.largest_fill) = before;
+                let own = Beside { update_s: self.update_s(kind, choice, (first, end)), bytes };
+                let beside = suffix.beside.and(own);
+                if !self.is_useful(kind, &sums, worth, beside, Some(first)) {
+                    continue;
                 }
-                suffix.stages.pop();
+                let mut next = suffix.clone();
+                next.stages.push(Placed { first: first as u16, choice: choice as u16 });
+                next.used[of.pool] += u64::from(of.devices);
+                (next.worth, next.behind, next.beside) = (worth, behind, beside);
+                if first == 0 {
+                    self.keep(kind, next);
+                } else {
+                    self.extend(kind, first, &next)?;
+                }
             }
         }
         Some(())
     }
 
+    /// The stages of a suffix, once the end that stands before them is known.
+    fn behind(&self, kind: &Kind, suffix: &Suffix, before: usize) -> Sums {
+        let table = self.table;
+        let num = suffix.stages.len();
+        let Some(head) = suffix.stages.last() else { return suffix.behind };
+        let next = num.checked_sub(2).map(|at| &suffix.stages[at]);
+        let (first, end) = (usize::from(head.first), next.map_or(table.num_layers, |s| usize::from(s.first)));
+        let end_of = |stage: &Placed| table.choices[usize::from(stage.choice)].end;
+        let choice = usize::from(head.choice);
+        let (forward, backward) = table.compute(choice, kind.size, first, end);
+        let transfer = table.stage_transfer(
+            kind.size,
+            (first, end),
+            end_of(head),
+            next.map(end_of),
+            Some(before),
+            num + 1,
+            kind.schedule,
+        );
+        suffix.behind.with(table, kind, StageTime { forward, backward, transfer })
+    }
+
+    /// Seconds of a stage's update at least.
+    fn update_s(&self, kind: &Kind, choice: usize, (first, end): (usize, usize)) -> f64 {
+        let table = self.table;
+        let instance = table.instance;
+        let of = &table.choices[choice];
+        let micro_batch = table.micro_batches[kind.size] / of.replicas;
+        let Some(row) = instance.pools[of.pool].cost(of.degree, micro_batch) else { return 0.0 };
+        let class = |layer: usize| {
+            let mut before = 0;
+            let run = instance.runs.iter().find(|run| {
+                before += run.count as usize;
+                layer < before
+            });
+            run.map_or(0.0, |run| row.update_s[run.class])
+        };
+        match instance.rules.update {
+            Update::FirstLayer => class(first),
+            Update::AllLayers => (first..end).map(class).sum::<f64>() / table.shards.get(),
+        }
+    }
+
+    /// Keeps a whole pipeline that may be part of a plan.
+    fn keep(&mut self, kind: &Kind, mut suffix: Suffix) {
+        suffix.stages.reverse();
+        let Some(form) = Form::new(self.table, kind.size, kind.schedule, suffix.stages) else { return };
+        let sums = Sums { pace: form.pace, fill: form.fixed + form.pace, largest_fill: form.pace };
+        if self.is_useful(kind, &sums, suffix.worth, suffix.beside, None) {
+            self.found.push(Candidate { form, beside: suffix.beside });
+        }
+    }
+
+    /// All that one pipeline can do.
+    fn alone(&mut self) -> Option<()> {
+        for at in 0..self.found.len() {
+            self.meter.spend(1)?;
+            let of = &self.found[at];
+            let seconds = self.known() - of.beside.update_s;
+            if of.form.samples(self.table, seconds) as f64 >= self.batch() {
+                self.offer(&[at])?;
+            }
+        }
+        Some(())
+    }
+
+    /// All that several can do.
+    fn several(&mut self) -> Option<()> {
+        let known = self.known();
+        let samples = |of: &Candidate| of.form.samples(self.table, known - of.beside.seconds(self.ring, 2));
+        let columns: Vec<Column> =
+            self.found.iter().map(|of| Column { used: of.form.used.clone(), samples: samples(of) }).collect();
+        self.meter.spend(columns.len() as u64 * 20)?;
+        let mut prices = relaxed(&columns, self.limits).prices;
+        // Whatever the prices are, they are raised until no pipeline does more than it pays for.
+        let least = prices.iter().copied().fold(1e-9, f64::max) * 1e-9;
+        let cost = |prices: &[f64], used: &[u32]| -> f64 {
+            used.iter().zip(prices).map(|(n, price)| f64::from(*n) * price).sum()
+        };
+        for price in &mut prices {
+            *price = price.max(least);
+        }
+        let short = columns.iter().map(|c| c.samples as f64 / cost(&prices, &c.used)).fold(0.0, f64::max);
+        for price in &mut prices {
+            *price *= short * (1.0 + 1e-9);
+        }
+        let all: f64 = self.limits.iter().zip(&prices).map(|(n, price)| *n as f64 * price).sum();
+        let slack = all - self.batch() + 1e-6;
+        let mut order: Vec<(f64, usize)> = columns
+            .iter()
+            .enumerate()
+            .filter(|(_, column)| column.samples > 0)
+            .map(|(at, column)| (cost(&prices, &column.used) - column.samples as f64, at))
+            .filter(|(own, _)| *own <= slack)
+            .collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let sets = Sets { order, prices };
+        let limits = self.limits.to_vec();
+        self.choose(&sets, 0, &limits, slack, &mut Vec::new())
+    }
+
+    /// Adds pipelines from `from` on to what is chosen.
     fn choose(
         &mut self,
+        sets: &Sets,
         from: usize,
         left: &[u64],
-        samples: u64,
-        worth: f64,
+        slack: f64,
         chosen: &mut Vec<usize>,
     ) -> Option<()> {
-        for at in from..self.forms.len() {
+        for at in from..sets.order.len() {
             self.meter.spend(1)?;
-            let seconds = self.known();
-            let form = &self.forms[at];
-            if form.used.iter().zip(left).any(|(used, left)| u64::from(*used) > *left) {
+            let (own, candidate) = sets.order[at];
+            if own > slack {
+                break;
+            }
+            let used = &self.found[candidate].form.used;
+            if used.iter().zip(left).any(|(used, left)| u64::from(*used) > *left) {
                 continue;
             }
-            let samples = samples + form.samples(self.table, seconds);
-            let worth = worth + self.worth(&form.used);
-            if !self.reaches(samples as f64, worth, seconds) {
-                continue;
+            let rest: Vec<u64> = left.iter().zip(used).map(|(n, used)| n - u64::from(*used)).collect();
+            chosen.push(candidate);
+            let samples = self.samples(chosen);
+            let of_rest: f64 = rest.iter().zip(&sets.prices).map(|(n, price)| *n as f64 * price).sum();
+            if samples + of_rest + 1e-6 >= self.batch() {
+                if chosen.len() > 1 && samples >= self.batch() {
+                    self.offer(chosen)?;
+                }
+                self.choose(sets, at, &rest, slack - own, chosen)?;
             }
-            let rest: Vec<u64> = left.iter().zip(&form.used).map(|(n, used)| n - u64::from(*used)).collect();
-            chosen.push(at);
-            if samples >= u64::from(self.table.instance.global_batch) {
-                self.offer(chosen);
-            }
-            self.choose(at, &rest, samples, worth, chosen)?;
             chosen.pop();
         }
         Some(())
     }
 
-    fn offer(&mut self, chosen: &[usize]) {
+    /// Samples that these do at most in a step as fast as the best.
+    fn samples(&self, chosen: &[usize]) -> f64 {
+        let beside = chosen.iter().fold(Beside::default(), |all, at| all.and(self.found[*at].beside));
+        let seconds = self.known() - beside.seconds(self.ring, chosen.len().max(2));
+        chosen.iter().map(|at| self.found[*at].form.samples(self.table, seconds) as f64).sum()
+    }
+
+    fn offer(&mut self, chosen: &[usize]) -> Option<()> {
+        self.meter.spend(20)?;
         let mut crew: Crew = Vec::new();
         for at in chosen {
+            let form = &self.found[*at].form;
             match crew.last_mut() {
-                Some((form, count)) if *form == self.forms[*at] => *count += 1,
-                _ => crew.push((self.forms[*at].clone(), 1)),
+                Some((last, count)) if last == form => *count += 1,
+                _ => crew.push((form.clone(), 1)),
             }
         }
-        let Some(found) = settle(self.table, &crew) else { return };
-        if found.seconds() < self.known() && check(self.table.instance, &found.layout).is_empty() {
+        if let Some(found) = settle(self.table, &crew)
+            && found.seconds() < self.known()
+            && check(self.table.instance, &found.layout).is_empty()
+        {
             self.best = Some(found);
+        }
+        Some(())
+    }
+}
+
+/// What sets are made of.
+struct Sets {
+    /// Slack, and index of the candidate; ascending.
+    order: Vec<(f64, usize)>,
+    /// Samples that a device of each pool is worth: no pipeline does more than its devices are.
+    prices: Vec<f64>,
+}
+
+impl Sums {
+    fn with(self, table: &Table<'_>, kind: &Kind, time: StageTime) -> Self {
+        let work = Work { forward_s: time.forward, backward_s: time.backward, transfer_s: time.transfer };
+        let fill = kind.schedule.fill_s(work);
+        Self {
+            pace: self.pace.max(table.pace(time)),
+            fill: self.fill + fill,
+            largest_fill: self.largest_fill.max(fill),
         }
     }
 }

@@ -7,6 +7,8 @@
 
 use crate::instance::{Schedule, check, price};
 
+mod apart;
+
 use super::Meter;
 use super::even::Even;
 use super::form::Form;
@@ -69,7 +71,11 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
 
     fn everything(&mut self) -> Option<()> {
         self.evenly()?;
-        if self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS {
+        let many = self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS;
+        if !many || self.table.instance.num_devices() <= FEW_DEVICES {
+            self.apart()?;
+        }
+        if many {
             return self.combine();
         }
         let mut contexts = Vec::new();
@@ -415,6 +421,8 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     }
 }
 
+/// Devices up to which every pool is looked at alone, however many pools there are.
+const FEW_DEVICES: u64 = 64;
 /// Ways to place a stage beyond which only alike pipelines are made.
 const MANY_ENDS: usize = 8;
 /// Layers beyond which it is so.

@@ -4,6 +4,7 @@
 
 mod brute;
 mod cases;
+mod pricer;
 mod properties;
 mod replanning;
 mod shadow;
