@@ -105,6 +105,9 @@ fn document(
             "predicted_peak_bytes": row.predicted.peak_bytes.map(|bytes| bytes.round() as u64),
             "measured_peak_bytes": row.measured_peak_bytes.map(|bytes| bytes.round() as u64),
             "peak_error": row.peak_error(),
+            "least_peak_bytes": row.predicted.least_peak_bytes.map(|bytes| bytes.round() as u64),
+            "peak_contradicts_tables": row.contradicts_its_tables(),
+            "published_peak_error": row.published_peak_error(),
             "pipeline_s": row.predicted.pipeline_s,
             "exchange_s": row.predicted.exchange_s,
             "update_s": row.predicted.update_s,
@@ -122,6 +125,9 @@ fn document(
             "published_mean_absolute_error": set.published_mean_error,
             "peak_mean_absolute_error": set.peak_mean_error,
             "peak_median_absolute_error": set.peak_median_error,
+            "peak_contradictions": set.contradictions,
+            "credible_peak_mean_absolute_error": set.credible_peak_mean_error,
+            "published_peak_mean_absolute_error": set.published_peak_mean_error,
         })
     };
     json!({
@@ -151,7 +157,7 @@ fn table(rows: &[Row], sets: &[Summary], crossed: Option<&CrossValidation>) -> S
     for row in rows {
         let _ = writeln!(
             text,
-            "{:<width$}  {:<9} {:>11.4} {:>11.4} {:>8} {:>9}  {:>8} {:>8} {:>8}",
+            "{:<width$}  {:<9} {:>11.4} {:>11.4} {:>8} {:>9}  {:>8} {:>8} {:>8}{}",
             row.id,
             row.set,
             row.predicted.iteration_s,
@@ -161,6 +167,13 @@ fn table(rows: &[Row], sets: &[Summary], crossed: Option<&CrossValidation>) -> S
             gigabytes(row.predicted.peak_bytes),
             gigabytes(row.measured_peak_bytes),
             maybe(row.peak_error()),
+            if row.contradicts_its_tables() { " *" } else { "" },
+        );
+    }
+    if rows.iter().any(Row::contradicts_its_tables) {
+        text.push_str(
+            "\n* recorded with less memory than weights, gradients, moments and activations take by the plan's own \
+             tables:\n  no price agrees with both\n",
         );
     }
     text.push_str("\nmean absolute errors (predicted: hgct's price; published: the tables' own formula)\n");
@@ -168,7 +181,8 @@ fn table(rows: &[Row], sets: &[Summary], crossed: Option<&CrossValidation>) -> S
         let of = |x: Option<f64>| x.map_or_else(|| "–".into(), |x| format!("{:.1} %", 100.0 * x));
         let _ = writeln!(
             text,
-            "{:<9} {:>2} plans: {:>6} (signed mean {}), published {:>6}, peak memory {:>6} (median {})",
+            "{:<9} {:>2} plans: {:>6} (signed mean {}), published {:>6}; peak memory {:>6} (median {}, without * {}), \
+             published {}",
             set.set,
             set.rows,
             of(Some(set.mean_error)),
@@ -176,6 +190,8 @@ fn table(rows: &[Row], sets: &[Summary], crossed: Option<&CrossValidation>) -> S
             of(set.published_mean_error),
             of(set.peak_mean_error),
             of(set.peak_median_error),
+            of(set.credible_peak_mean_error),
+            of(set.published_peak_mean_error),
         );
     }
     if let Some(crossed) = crossed {

@@ -40,6 +40,10 @@ pub struct Predicted {
     pub update_s: f64,
     /// Peak of the fullest device, where the tables tell.
     pub peak_bytes: Option<f64>,
+    /// What the tables alone put on the fullest device at once: weights, gradients and two moments in
+    /// single precision, activations of the micro-batches in flight, nothing for allocator and
+    /// framework. A run that records less contradicts its tables.
+    pub least_peak_bytes: Option<f64>,
 }
 
 /// Our price of a plan over tabled layers.
@@ -50,7 +54,8 @@ pub fn predict_layers(tables: &Tables, constants: &Constants, row: &MeasuredLaye
         pipeline_s = pipeline_s.max(chain_of_layers(tables, table, constants, row, pipeline)?.seconds());
     }
     pipeline_s *= constants.slowest_of(row.num_pipelines());
-    let (mut exchange_s, mut update_s, mut peak_bytes) = (0.0f64, 0.0f64, 0.0f64);
+    let (mut exchange_s, mut update_s) = (0.0f64, 0.0f64);
+    let (mut peak_bytes, mut least_peak_bytes) = (0.0f64, 0.0f64);
     for (at, stage) in row.stages.iter().enumerate() {
         let layers = stage.first_layer as usize..stage.end_layer as usize;
         exchange_s = exchange_s.max(ring_s(tables, table, &stage.replicas, layers.clone())?);
@@ -67,6 +72,9 @@ pub fn predict_layers(tables: &Tables, constants: &Constants, row: &MeasuredLaye
             let state = parameters * constants.state_bytes_per_parameter;
             peak_bytes =
                 peak_bytes.max(state + activations * constants.activation_slack + constants.overhead_bytes);
+            // Before the first backward there may be no gradients yet.
+            let gradients = if row.num_micro_batches() > in_flight { 4.0 } else { 0.0 };
+            least_peak_bytes = least_peak_bytes.max(parameters * (12.0 + gradients) + activations);
         }
     }
     Ok(Predicted {
@@ -75,6 +83,7 @@ pub fn predict_layers(tables: &Tables, constants: &Constants, row: &MeasuredLaye
         exchange_s,
         update_s,
         peak_bytes: Some(peak_bytes),
+        least_peak_bytes: Some(least_peak_bytes),
     })
 }
 
@@ -189,6 +198,7 @@ pub fn predict_transformer(
         exchange_s,
         update_s,
         peak_bytes: None,
+        least_peak_bytes: None,
     }
 }
 

@@ -49,6 +49,22 @@ impl Row {
     pub fn peak_error(&self) -> Option<f64> {
         Some(self.predicted.peak_bytes? / self.measured_peak_bytes? - 1.0)
     }
+
+    /// The same of the published formula's.
+    pub fn published_peak_error(&self) -> Option<f64> {
+        Some(self.published?.1 / self.measured_peak_bytes? - 1.0)
+    }
+
+    /// Whether the run recorded a smaller peak than its own tables put on one device at once
+    /// ([`Predicted::least_peak_bytes`]): no price can agree with both.
+    pub fn contradicts_its_tables(&self) -> bool {
+        let recorded = self.measured_peak_bytes.zip(self.predicted.least_peak_bytes);
+        recorded.is_some_and(|(measured, least)| measured < least)
+    }
+
+    fn credible_peak_error(&self) -> Option<f64> {
+        self.peak_error().filter(|_| !self.contradicts_its_tables())
+    }
 }
 
 /// Errors of the rows of one set.
@@ -68,6 +84,12 @@ pub struct Summary {
     pub peak_mean_error: Option<f64>,
     /// Median of these: one odd row does not move it.
     pub peak_median_error: Option<f64>,
+    /// Mean over the rows whose recorded peak does not contradict their tables.
+    pub credible_peak_mean_error: Option<f64>,
+    /// Rows whose recorded peak does.
+    pub contradictions: usize,
+    /// Mean of the absolute errors of the published formula's peak memory.
+    pub published_peak_mean_error: Option<f64>,
 }
 
 impl Measured {
@@ -127,6 +149,9 @@ pub fn summaries(rows: &[Row]) -> Vec<Summary> {
                 published_mean_error: mean(all(Row::published_error).into_iter().map(f64::abs)),
                 peak_mean_error: mean(peaks.iter().copied()),
                 peak_median_error: median(peaks),
+                credible_peak_mean_error: mean(all(Row::credible_peak_error).into_iter().map(f64::abs)),
+                contradictions: rows.iter().filter(|row| row.contradicts_its_tables()).count(),
+                published_peak_mean_error: mean(all(Row::published_peak_error).into_iter().map(f64::abs)),
             }
         })
         .collect()

@@ -35,6 +35,27 @@ fn one_device_group_takes_its_layers_and_its_update() {
     assert!((predicted.update_s - 0.0028).abs() < 1e-12, "{predicted:?}");
     let bytes = 2.8e7 / 2.0 * 24.0 + 1.14 * 4.0 * 2.0 * 8.9e7 / 2.0 + 3.5e9;
     assert!((predicted.peak_bytes.unwrap() - bytes).abs() < 1.0, "{predicted:?}");
+    let least = 2.8e7 / 2.0 * 16.0 + 4.0 * 2.0 * 8.9e7 / 2.0;
+    assert!((predicted.least_peak_bytes.unwrap() - least).abs() < 1.0, "{predicted:?}");
+}
+
+#[test]
+fn a_peak_below_its_own_tables_is_told_apart() {
+    let mut measured = Measured {
+        tables: tables(),
+        layers: vec![plan(&[(0, 4, &["FAST"])], 8), plan(&[(0, 4, &["FAST"])], 8)],
+        transformers: Vec::new(),
+    };
+    let rows = measured.rows(&Constants::default()).unwrap();
+    let least = rows[0].predicted.least_peak_bytes.unwrap();
+    measured.layers[0].peak_bytes = 0.99 * least;
+    measured.layers[1].peak_bytes = rows[0].predicted.peak_bytes.unwrap() / 1.1;
+    let rows = measured.rows(&Constants::default()).unwrap();
+    assert!(rows[0].contradicts_its_tables() && !rows[1].contradicts_its_tables());
+    let set = &summaries(&rows)[0];
+    assert_eq!(set.contradictions, 1);
+    assert!((set.credible_peak_mean_error.unwrap() - 0.1).abs() < 1e-9);
+    assert!(set.peak_mean_error.unwrap() > 1.0);
 }
 
 #[test]
