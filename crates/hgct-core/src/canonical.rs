@@ -82,9 +82,13 @@ pub fn encode<T: Serialize>(document: &T) -> String {
 
 /// Parses what [`encode`] wrote; `file` is only named in errors.
 pub fn decode<T: for<'de> Deserialize<'de>>(file: &str, text: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|error| Error::Syntax {
-        file: file.into(),
-        line: (error.line() > 0).then_some(error.line()),
-        message: error.to_string(),
+    serde_json::from_str(text).map_err(|error| {
+        let (line, column, said) = (error.line(), error.column(), error.to_string());
+        // The parser ends with the place, which stands before the message already.
+        let message = match said.strip_suffix(&format!(" at line {line} column {column}")) {
+            Some(message) => format!("{message} (column {column})"),
+            None => said,
+        };
+        Error::Syntax { file: file.into(), line: (line > 0).then_some(line), message }
     })
 }

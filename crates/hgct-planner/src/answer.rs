@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::instance::{Group, Instance, Layout, Priced, check, check_groups, check_instance, price};
 use crate::{Error, Result};
 
+mod alike;
 mod batch;
 mod below;
 mod compare;
@@ -23,10 +24,10 @@ mod text;
 mod why;
 
 pub use batch::check_batch;
-pub use below::BelowSum;
-pub use compare::{Comparison, compare};
+pub use below::{BelowSum, Part};
+pub use compare::{Compared, Comparison, UsedDevices, compare};
 pub use shortage::{Shortage, shortage};
-pub use why::{Rejected, Search, Shadow, Why, why};
+pub use why::{Idle, Rejected, Search, Shadow, Why, why};
 
 /// Where the costs of a problem come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

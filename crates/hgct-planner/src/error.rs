@@ -16,7 +16,7 @@ pub enum Error {
         reason: String,
     },
     /// The policy names a device that the cluster lacks.
-    #[error("job: `policy.devices` names {device}, which the cluster does not have (it has: {known})")]
+    #[error("`policy.devices` names {device}, which the cluster does not have (it has: {known})")]
     UnknownDevice {
         /// The device.
         device: DeviceId,
@@ -24,7 +24,9 @@ pub enum Error {
         known: String,
     },
     /// A device was not measured.
-    #[error("profile: {device} has no row{detail}; run `hgct profile`, or leave it out by `policy.devices`")]
+    #[error(
+        "the profile has no row of {device}{detail}; run `hgct profile`, or leave it out by `policy.devices`"
+    )]
     NotMeasured {
         /// The device.
         device: DeviceId,
@@ -32,7 +34,7 @@ pub enum Error {
         detail: String,
     },
     /// The profile is of something else.
-    #[error("profile: {what} is {found}, but the job has {expected}; run `hgct profile` again")]
+    #[error("the profile has {what} {found}, but the job {expected}; run `hgct profile` again")]
     OtherProfile {
         /// Which field.
         what: &'static str,
@@ -42,7 +44,7 @@ pub enum Error {
         expected: String,
     },
     /// Two devices have no link between them.
-    #[error("profile: no link from {from} to {to}; run `hgct profile` with both")]
+    #[error("the profile has no link from {from} to {to}; run `hgct profile` with both")]
     NoLink {
         /// Sender.
         from: DeviceId,
@@ -76,7 +78,7 @@ pub enum Error {
     },
     /// No number of micro-batches gives the global batch.
     #[error(
-        "job: `recipe.global_batch` is {global_batch}, which no sum of micro-batches of {sizes:?} samples gives\
+        "`recipe.global_batch` is {global_batch}, which no sum of micro-batches of {sizes:?} samples gives\
          {limit}; nearest that work: {nearest}"
     )]
     Batch {
@@ -91,7 +93,7 @@ pub enum Error {
     },
     /// None of the policy's micro-batch sizes was measured on a device.
     #[error(
-        "job: `policy.micro_batches` allows {wanted:?}, but {device} was measured with {measured:?} only: allow one of these, or leave the device out with `policy.devices`"
+        "`policy.micro_batches` allows {wanted:?}, but {device} was measured with {measured:?} only: allow one of these, or leave the device out with `policy.devices`"
     )]
     MicroBatch {
         /// The device.
@@ -102,7 +104,7 @@ pub enum Error {
         measured: Vec<u32>,
     },
     /// The policy asks for more kinds than can take part.
-    #[error("job: `policy.min_kinds` is {wanted}, but {reason}")]
+    #[error("`policy.min_kinds` is {wanted}, but {reason}")]
     MinKinds {
         /// What is asked for.
         wanted: u32,
@@ -110,7 +112,7 @@ pub enum Error {
         reason: String,
     },
     /// The policy's shape allows no plan.
-    #[error("job: `policy.shape` allows no plan: {reason}")]
+    #[error("`policy.shape` allows no plan: {reason}")]
     Shape {
         /// Why.
         reason: String,

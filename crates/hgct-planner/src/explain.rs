@@ -15,6 +15,7 @@ use crate::plan::WithoutOne;
 use crate::program::Pricing;
 use crate::search::Outcome;
 use crate::simulate::{Simulation, simulate_priced};
+use crate::words::{self, nanoseconds, span, times};
 
 /// The reasons of a plan: for people by `Display`, for programs by serde.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -136,14 +137,6 @@ fn tokens_per_s(fleet: &Fleet<'_>, step_ns: u64) -> f64 {
 impl Rejected {
     pub(crate) fn new(fleet: &Fleet<'_>, name: String, outcome: &Outcome) -> Self {
         let found = outcome.best.as_ref();
-        let form = |found: &Evaluated| {
-            let pipeline = |(choice, num): &(crate::choices::Choice, u32)| {
-                let layers: Vec<String> =
-                    choice.stages.iter().map(|s| (s.end_layer - s.first_layer).to_string()).collect();
-                format!("{num}×{} over {}", choice.micro_batch, layers.join("+"))
-            };
-            found.sketch.pipelines.iter().map(pipeline).collect::<Vec<_>>().join(", ")
-        };
         Self {
             name,
             step_ns: found.map(|found| found.step_ns),
@@ -155,6 +148,27 @@ impl Rejected {
             },
         }
     }
+}
+
+/// A plan's pipelines in words: `13×2 over 3+7` layers a stage.
+fn form(found: &Evaluated) -> String {
+    let pipeline = |(choice, num): &(crate::choices::Choice, u32)| {
+        let layers: Vec<String> =
+            choice.stages.iter().map(|s| (s.end_layer - s.first_layer).to_string()).collect();
+        format!("{num}×{} over {}", choice.micro_batch, layers.join("+"))
+    };
+    let mut parts: Vec<(String, usize)> = Vec::new();
+    for pipeline in found.sketch.pipelines.iter().map(pipeline) {
+        match parts.last_mut().filter(|(known, _)| *known == pipeline) {
+            Some((_, number)) => *number += 1,
+            None => parts.push((pipeline, 1)),
+        }
+    }
+    let parts = parts.into_iter().map(|(pipeline, number)| match number {
+        1 => pipeline,
+        number => format!("{number} × ({pipeline})"),
+    });
+    parts.collect::<Vec<_>>().join(", ")
 }
 
 /// Time of the plan's pipelines if samples could be divided at will: with their stages as they are,
@@ -217,8 +231,12 @@ pub(crate) fn explain(
         bubble_ns: compute.step_ns as i64 - flat,
         exchange_ns: step_ns as i64 - compute.step_ns as i64,
     };
-    let form = |r: &Rejected| r.step_ns != Some(step_ns);
-    rejected.retain(form);
+    let own = form(best);
+    // The plan itself, found in another way or by another choice of update owners, is none.
+    rejected.retain(|other| {
+        let same = |ns: u64| ns == step_ns || (other.form == own && permille(ns, step_ns) == 1000);
+        !other.step_ns.is_some_and(same)
+    });
     Ok(Explanation {
         step_ns,
         tokens_per_s: tokens_per_s(fleet, step_ns),
@@ -299,18 +317,8 @@ fn device_rows(fleet: &Fleet<'_>, best: &Evaluated, step_ns: u64, without: &[Wit
     fleet.devices.iter().enumerate().map(row).collect()
 }
 
-/// Seconds with three significant digits or so.
-fn seconds(ns: u64) -> String {
-    let s = ns as f64 / 1e9;
-    if s >= 1.0 { format!("{s:.2} s") } else { format!("{:.1} ms", s * 1e3) }
-}
-
 fn percent(permille: i64) -> String {
     format!("{:.1} %", permille as f64 / 10.0)
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// Lines up columns: the first two to the left, the others to the right.
@@ -346,14 +354,14 @@ impl fmt::Display for Explanation {
         writeln!(
             f,
             "expected  {} a step, {:.0} tokens/s; limited by {}",
-            seconds(self.step_ns),
+            nanoseconds(self.step_ns),
             self.tokens_per_s,
             self.limited_by
         )?;
         writeln!(
             f,
             "bound     {} a step: the plan reaches {} of what these devices could compute",
-            seconds(self.bound_ns),
+            nanoseconds(self.bound_ns),
             percent(permille(self.bound_ns, self.step_ns))
         )?;
         let part = |ns: i64| percent(((ns * 1000) as f64 / self.step_ns.max(1) as f64).round() as i64);
@@ -383,34 +391,74 @@ impl fmt::Display for Explanation {
             let gap = permille(self.step_ns - search.proven_ns, self.step_ns);
             format!("ended by its budget; at most {} may be missing", percent(gap))
         };
-        writeln!(f, "\nsearch    {} plans simulated; {end}", search.simulated)
+        writeln!(f, "\nsearch    {} simulated; {end}", words::count(search.simulated, "plan"))
     }
 }
 
 impl Explanation {
+    /// Pipelines that are alike but for their devices are one block of rows.
     fn fmt_stages(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let head = ["pipeline", "device", "layers", "micro-batches", "busy", "memory", "of", "recompute"];
         let mut rows = vec![cells(head)];
-        for row in &self.stages {
-            rows.push(vec![
-                row.pipeline.to_string(),
-                row.device.to_string(),
-                format!("{}..{}", row.first_layer, row.end_layer),
-                format!("{} × {}", row.num_micro_batches, row.micro_batch),
-                percent(row.busy_permille),
-                mib(row.memory_bytes),
-                mib(row.memory_limit_bytes),
-                if row.recompute { "yes" } else { "no" }.into(),
-            ]);
+        let mut blocks: Vec<Vec<&[StageRow]>> = Vec::new();
+        for pipeline in self.stages.chunk_by(|a, b| a.pipeline == b.pipeline) {
+            let same = |block: &&mut Vec<&[StageRow]>| self.alike(block[0], pipeline);
+            match blocks.iter_mut().find(same) {
+                Some(block) => block.push(pipeline),
+                None => blocks.push(vec![pipeline]),
+            }
+        }
+        for block in blocks {
+            for (at, row) in block[0].iter().enumerate() {
+                let of = |value: fn(&StageRow) -> u64| {
+                    let values = block.iter().map(|pipeline| value(&pipeline[at]));
+                    values.fold((u64::MAX, 0), |(low, high), value| (low.min(value), high.max(value)))
+                };
+                let busy = of(|row| row.busy_permille.max(0).cast_unsigned());
+                let tenths = |permille: u64| format!("{:.1}", permille as f64 / 10.0);
+                let memory = of(|row| row.memory_bytes);
+                let mib = |bytes: u64| bytes.div_ceil(1 << 20).to_string();
+                rows.push(vec![
+                    format!("{}{}", row.pipeline, times(block.len())),
+                    format!("{}{}", row.device, times(block.len())),
+                    words::layers(row.first_layer, row.end_layer),
+                    format!("{} × {}", row.num_micro_batches, row.micro_batch),
+                    format!("{} %", span(&tenths(busy.0), &tenths(busy.1))),
+                    format!("{} MiB", span(&mib(memory.0), &mib(memory.1))),
+                    format!("{} MiB", mib(row.memory_limit_bytes)),
+                    if row.recompute { "yes" } else { "no" }.into(),
+                ]);
+            }
         }
         table(f, &rows)
     }
 
+    /// Whether two pipelines have the same stages and samples on devices of the same kinds.
+    fn alike(&self, a: &[StageRow], b: &[StageRow]) -> bool {
+        let kind = |row: &StageRow| self.devices.iter().find(|of| of.device == row.device).map(|of| &of.kind);
+        let same = |(a, b): (&StageRow, &StageRow)| {
+            let what = |row: &StageRow| {
+                let StageRow { first_layer, end_layer, micro_batch, num_micro_batches, .. } = *row;
+                (
+                    first_layer,
+                    end_layer,
+                    micro_batch,
+                    num_micro_batches,
+                    row.recompute,
+                    row.memory_limit_bytes,
+                )
+            };
+            what(a) == what(b) && kind(a) == kind(b)
+        };
+        a.len() == b.len() && a.iter().zip(b).all(same)
+    }
+
+    /// Devices of which nothing else is to be said are one row.
     fn fmt_devices(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rows = vec![cells(["device", "kind", "share", "by its speed", "adds"])];
+        let mut said: Vec<(Vec<String>, &DeviceRow, usize)> = Vec::new();
         for row in &self.devices {
-            rows.push(vec![
-                row.device.to_string(),
+            let cells = vec![
                 row.kind.to_string(),
                 if row.used { percent(row.share_permille) } else { "left out".into() },
                 percent(row.fair_share_permille),
@@ -419,7 +467,16 @@ impl Explanation {
                     None if row.needed => "needed".into(),
                     None => "not known".into(),
                 },
-            ]);
+            ];
+            match said.iter_mut().find(|(known, ..)| *known == cells) {
+                Some((.., number)) => *number += 1,
+                None => said.push((cells, row, 1)),
+            }
+        }
+        for (cells, row, number) in said {
+            let mut all = vec![format!("{}{}", row.device, times(number))];
+            all.extend(cells);
+            rows.push(all);
         }
         table(f, &rows)
     }
@@ -427,7 +484,7 @@ impl Explanation {
     fn fmt_rejected(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rows = vec![cells(["plan", "form", "step", "against this"])];
         for row in &self.rejected {
-            let step = row.step_ns.map_or_else(String::new, seconds);
+            let step = row.step_ns.map_or_else(String::new, nanoseconds);
             let against = row.step_ns.map_or_else(String::new, |ns| {
                 format!("{:+.1} %", (permille(ns, self.step_ns) - 1000) as f64 / 10.0)
             });

@@ -20,6 +20,7 @@
 //! | [`mod@export`] | a plan in the words of other programs |
 //! | [`tables`] | layer times, links and measured plans that others have published, as files |
 //! | [`truth`] | our price of a plan that somebody has really run, and the published one |
+//! | [`words`] | figures as people read them |
 //! | [`mod@lint`] | what is wrong with any plan, independent of the search |
 
 pub mod answer;
@@ -46,6 +47,7 @@ pub mod tables;
 mod tests;
 pub mod truth;
 pub mod wide;
+pub mod words;
 
 pub use error::{Error, Result};
 pub use executable::{MeasuredInput, executable};

@@ -11,6 +11,8 @@
 //! the best layout is short of the bound is the gap that stands beside it. The same instance, parent
 //! and nodes give the same answer, bit for bit.
 
+use std::sync::atomic::AtomicBool;
+
 use serde::{Deserialize, Serialize};
 
 use crate::instance::{Fault, Instance, Layout, Priced, Schedule, check, check_instance, price};
@@ -88,6 +90,16 @@ pub fn find(
     parent: Option<&Layout>,
     effort: &Effort<'_>,
 ) -> std::result::Result<Found, Vec<Fault>> {
+    find_and_prove(instance, parent, effort, None)
+}
+
+/// [`find`], with a flag of its own by which the caller ends the proof of the gap, too.
+pub fn find_and_prove(
+    instance: &Instance,
+    parent: Option<&Layout>,
+    effort: &Effort<'_>,
+    stop_proof: Option<&AtomicBool>,
+) -> std::result::Result<Found, Vec<Fault>> {
     let faults = check_instance(instance);
     if !faults.is_empty() {
         return Err(faults);
@@ -108,7 +120,7 @@ pub fn find(
     let mut nodes = finder.meter.spent();
     if let (false, Some((_, priced))) = (proven, &best) {
         // Not of the search's effort: what was found is worth little without its gap.
-        let mut meter = Meter::new(&Effort { nodes: PROOF_NODES, stop: None });
+        let mut meter = Meter::new(&Effort { nodes: PROOF_NODES, stop: stop_proof });
         bound.sharpen(instance, priced.iteration_s, &mut meter);
         nodes += meter.spent();
     }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::job::LoadedJob;
 use crate::session::Session;
 use crate::stages::{Choices, Fleet, parse_cluster};
-use crate::train::{AgentArgs, DeviceArgs, make_plan, session_options};
+use crate::train::{AgentArgs, DeviceArgs, session_options};
 use crate::workspace::Workspace;
 
 /// `hgct check`
@@ -167,33 +167,12 @@ pub(crate) fn profile(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// Plans a job and says why this plan.
-pub(crate) fn plan(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
-    let loaded = LoadedJob::read(&args.job)?;
-    let (cluster, profile) = measured(workspace, &loaded, args)?;
-    let planned = make_plan(&loaded, &cluster, &profile)?;
-    keep(args.output.as_ref(), &planned.plan)?;
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        #[derive(Serialize)]
-        struct Printed<'a> {
-            #[serde(flatten)]
-            explanation: &'a hgct_planner::Explanation,
-            plan: &'a hgct_core::plan::Plan,
-        }
-        write!(
-            out,
-            "{}",
-            canonical::encode(&Printed { explanation: &planned.explanation, plan: &planned.plan })
-        )?;
-    } else {
-        writeln!(out, "{}", planned.explanation)?;
-    }
-    Ok(0)
-}
-
 /// The cluster and its profile: from files, or from the devices.
-fn measured(workspace: &Workspace, loaded: &LoadedJob, args: &PlanArgs) -> Result<(ClusterSpec, Profile)> {
+pub(crate) fn measured(
+    workspace: &Workspace,
+    loaded: &LoadedJob,
+    args: &PlanArgs,
+) -> Result<(ClusterSpec, Profile)> {
     if let (Some(profile), Some(cluster)) = (&args.profile, &args.devices.cluster) {
         let text =
             std::fs::read_to_string(profile).with_context(|| format!("cannot read {}", profile.display()))?;
@@ -232,7 +211,7 @@ fn with_session<T>(
     Ok(result)
 }
 
-fn keep<T: Serialize>(output: Option<&PathBuf>, document: &T) -> Result<()> {
+pub(crate) fn keep<T: Serialize>(output: Option<&PathBuf>, document: &T) -> Result<()> {
     match output {
         Some(path) => crate::workspace::write_atomically(path, canonical::encode(document).as_bytes(), 0o644),
         None => Ok(()),

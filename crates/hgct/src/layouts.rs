@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::builder::PossibleValuesParser;
 use hgct_core::canonical;
 use hgct_core::plan::Plan;
@@ -14,6 +14,7 @@ use hgct_planner::answer::Answer;
 use hgct_planner::export::{Exported, Target, export};
 use hgct_planner::instance::{Group, Instance, Layout, Stage, check_instance, price};
 use hgct_planner::scale::{WhatIf, simulate_placed};
+use hgct_planner::words::{count, nanoseconds, seconds};
 use serde_json::{Value, json};
 
 use crate::job::LoadedJob;
@@ -131,7 +132,10 @@ fn of_layout(
     }
     let what_if = WhatIf { slow: args.slow.clone(), lose: args.lose.clone() };
     let changed = what_if != WhatIf::default();
-    let simulated = simulate_placed(instance, layout, groups, &what_if)?;
+    let simulated = simulate_placed(instance, layout, groups, &what_if).map_err(|error| match error {
+        hgct_planner::Error::Layout { .. } => anyhow!(error).context(args.plan.display().to_string()),
+        error => error.into(),
+    })?;
     let plain = if changed {
         simulate_placed(instance, layout, groups, &WhatIf::default())?.step_ns
     } else {
@@ -153,15 +157,15 @@ fn of_layout(
     let mut text = format!(
         "step {}: {} to the last backward, the rest exchange and update\n\
          priced {}; busiest devices {}, everything in series {}\n\
-         {} pipelines, {} samples; transfers waited {} for ports that others used\n",
-        told(simulated.step_ns),
-        told(simulated.pipeline_ns),
+         {}, {}; transfers waited {} for ports that others used\n",
+        nanoseconds(simulated.step_ns),
+        nanoseconds(simulated.pipeline_ns),
         seconds(priced_s),
-        told(simulated.roofline_ns),
-        told(simulated.serial_ns),
-        simulated.num_pipelines,
-        simulated.num_samples,
-        told(simulated.contention_ns),
+        nanoseconds(simulated.roofline_ns),
+        nanoseconds(simulated.serial_ns),
+        count(simulated.num_pipelines as u64, "pipeline"),
+        count(simulated.num_samples, "sample"),
+        nanoseconds(simulated.contention_ns),
     );
     if changed {
         text.push_str(&what_changed(plain, simulated.step_ns));
@@ -224,9 +228,9 @@ fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
     });
     let mut text = format!(
         "step {}; busiest device {}, everything in series {}\n",
-        told(simulated.step_ns),
-        told(simulated.roofline_ns),
-        told(simulated.serial_ns)
+        nanoseconds(simulated.step_ns),
+        nanoseconds(simulated.roofline_ns),
+        nanoseconds(simulated.serial_ns)
     );
     if !args.slow.is_empty() {
         text.push_str(&what_changed(plain.step_ns, simulated.step_ns));
@@ -238,26 +242,9 @@ fn of_plan(args: &SimulateArgs, plan: &Plan) -> Result<Outcome> {
 fn what_changed(plain_ns: u64, step_ns: u64) -> String {
     format!(
         "without the what-if {}: {:+.1} %\n",
-        told(plain_ns),
+        nanoseconds(plain_ns),
         100.0 * (step_ns as f64 / plain_ns.max(1) as f64 - 1.0)
     )
-}
-
-/// A time for people.
-fn told(ns: u64) -> String {
-    seconds(ns as f64 / 1e9)
-}
-
-/// Four digits of a time, in the unit that it is long in.
-fn seconds(s: f64) -> String {
-    let (value, unit) = match s {
-        0.0 => return "0 s".into(),
-        s if s >= 1.0 => (s, "s"),
-        s if s >= 1e-3 => (s * 1e3, "ms"),
-        s => (s * 1e6, "µs"),
-    };
-    let digits = 3_usize.saturating_sub(value.max(1.0).log10() as usize);
-    format!("{value:.digits$} {unit}")
 }
 
 /// Writes a plan in another program's words.

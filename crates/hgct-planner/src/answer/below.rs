@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Answer;
 use crate::instance::PricedTemplate;
+use crate::words;
 
 /// The part of the sum of the one-kind answers below which a limit is named.
 const ENOUGH: f64 = 0.95;
@@ -21,13 +22,23 @@ pub struct BelowSum {
     /// are computed again), or `rounding` (samples, layers and devices are whole numbers).
     pub limit: String,
     /// One step at the sum of their rates.
+    #[serde(rename = "sum_seconds")]
     pub sum_s: f64,
     /// What the answer's step has beside that, by part; the parts add up.
-    pub parts_s: Vec<(String, f64)>,
+    pub parts: Vec<Part>,
     /// Whether the bound proves that no plan of these devices reaches 95 % of the sum.
     pub proven: bool,
     /// The same in words.
     pub reason: String,
+}
+
+/// A part of a step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Part {
+    /// As [`BelowSum::limit`].
+    pub name: String,
+    /// How long it takes.
+    pub seconds: f64,
 }
 
 impl BelowSum {
@@ -58,13 +69,14 @@ impl BelowSum {
         let proof = if proven { ", and the bound proves that no plan of these devices does" } else { "" };
         Some(Self {
             reason: format!(
-                "they do not reach 95 % of it{proof}: {seconds:.3} s of a step of {:.3} s go to {}",
-                priced.iteration_s,
+                "they do not reach 95 % of it{proof}: {} of a step of {} go to {}",
+                words::seconds(seconds),
+                words::seconds(priced.iteration_s),
                 in_words(answer, limit)
             ),
             limit: limit.to_owned(),
             sum_s,
-            parts_s: parts.iter().map(|(name, seconds)| ((*name).to_owned(), *seconds)).collect(),
+            parts: parts.map(|(name, seconds)| Part { name: name.to_owned(), seconds }).to_vec(),
             proven,
         })
     }

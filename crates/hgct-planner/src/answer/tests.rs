@@ -202,7 +202,7 @@ fn rows_add_up_to_the_devices_used() {
 #[test]
 fn idle_and_slowing_kinds_are_named() {
     let answer = answer();
-    assert_eq!(why(&answer, &[], None).idle, [("slow".to_owned(), 2)]);
+    assert_eq!(why(&answer, &[], None).idle, [Idle { kind: "slow".into(), devices: 2 }]);
     assert!(why(&answer, &[], None).rejected.is_empty());
     assert_eq!(why(&answer, &[], None).shadow_prices[1].name, "one more device of slow (of the bound)");
     assert_eq!(limited_by(&answer.price()), "compute");
@@ -240,7 +240,7 @@ fn below_the_sum_of_its_kinds_an_answer_names_the_limit() {
     let slow = below(&answer, sum).unwrap();
     assert_eq!(slow.limit, "exchange");
     assert!(slow.reason.contains("from fast to slow, carries 0.1 GB/s"), "{}", slow.reason);
-    let parts: f64 = slow.parts_s.iter().map(|(_, seconds)| seconds).sum();
+    let parts: f64 = slow.parts.iter().map(|part| part.seconds).sum();
     assert!((slow.sum_s + parts - answer.prediction.iteration_s).abs() < 1e-9);
     assert!(!slow.proven);
     answer.prediction.bound_s = Some(0.99 * answer.prediction.iteration_s);

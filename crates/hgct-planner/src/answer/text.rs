@@ -4,8 +4,10 @@ use std::fmt;
 
 use hgct_core::accelerator::Confidence;
 
+use super::alike::{alike, layers_of};
 use super::{Answer, Basis, StageRow, Why};
 use crate::explain::{cells, table};
+use crate::words::{self, rate, seconds, span, times};
 
 /// An answer with its reasons, as text.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +37,33 @@ pub(super) fn gib(bytes: f64) -> String {
 fn order(row: &StageRow) -> String {
     let schedule = if row.schedule == "1f1b" { String::new() } else { format!(", {}", row.schedule) };
     format!("{} of {}{schedule}", row.micro_batches, row.micro_batch)
+}
+
+/// One row of the table for neighbouring stages that are alike.
+fn row_of(run: &[StageRow], layers: String) -> Vec<String> {
+    let Some(row) = run.first() else { return Vec::new() };
+    let first = row.stage == 0;
+    let each = match row.replicas {
+        1 => row.tensor_parallel.to_string(),
+        replicas => format!("{replicas} × {}", row.tensor_parallel),
+    };
+    let ends = |of: fn(&StageRow) -> f64| {
+        run.iter().map(of).fold((f64::INFINITY, 0.0f64), |(low, high), of| (low.min(of), high.max(of)))
+    };
+    let memory = ends(|row| row.memory_bytes as f64);
+    let busy = ends(|row| 100.0 * row.busy);
+    vec![
+        if first { format!("{} ×", row.pipelines) } else { String::new() },
+        row.kind.clone(),
+        format!("{}{}", words::layers(row.stage as u32, (row.stage + run.len()) as u32), times(run.len())),
+        layers,
+        run.iter().map(|row| row.devices).sum::<u64>().to_string(),
+        each,
+        if first { order(row) } else { String::new() },
+        if row.recompute { "yes".into() } else { "no".into() },
+        format!("{} of {}", span(&gib(memory.0), &gib(memory.1)), gib(row.memory_limit_bytes as f64)),
+        format!("{} %", span(&format!("{:.1}", busy.0), &format!("{:.1}", busy.1))),
+    ]
 }
 
 /// A large count in words that are short.
@@ -99,21 +128,22 @@ impl Told<'_> {
             instance.num_devices()
         )?;
         let span = match (prediction.slow_s, prediction.fast_s) {
-            (Some(slow), Some(fast)) => format!(" (between {fast:.3} and {slow:.3})"),
+            (Some(slow), Some(fast)) => format!(" (between {} and {})", seconds(fast), seconds(slow)),
             _ => String::new(),
         };
         let mfu = self.answer.mfu().map_or_else(String::new, |mfu| format!(", MFU {}", percent(mfu)));
         writeln!(
             f,
-            "{:.3} s a step{span}: {:.5} iterations a second, {} tokens a second{mfu}",
-            prediction.iteration_s,
-            self.answer.iterations_per_s(),
+            "{} a step{span}: {} iterations a second, {} tokens a second{mfu}",
+            seconds(prediction.iteration_s),
+            rate(self.answer.iterations_per_s()),
             short(self.answer.tokens_per_s())
         )?;
         match (prediction.bound_s, prediction.gap()) {
             (Some(bound), Some(gap)) => writeln!(
                 f,
-                "no plan of these devices takes less than {bound:.3} s: the gap is {}, limited by {}{}",
+                "no plan of these devices takes less than {}: the gap is {}, limited by {}{}",
+                seconds(bound),
                 percent(gap),
                 prediction.limited_by,
                 if prediction.finished { "" } else { " (the search was ended early)" }
@@ -135,27 +165,14 @@ impl Told<'_> {
             "memory GiB",
             "busy",
         ])];
-        let mut last: Option<StageRow> = None;
-        for row in self.answer.rows() {
-            let first = last.as_ref().is_none_or(|last| last.template != row.template);
-            let each = if row.replicas > 1 {
-                format!("{} × {}", row.replicas, row.tensor_parallel)
-            } else {
-                row.tensor_parallel.to_string()
-            };
-            rows.push(vec![
-                if first { format!("{} ×", row.pipelines) } else { String::new() },
-                row.kind.clone(),
-                row.stage.to_string(),
-                format!("{}–{}", row.layers[0], row.layers[1] - 1),
-                row.devices.to_string(),
-                each,
-                if first { order(&row) } else { String::new() },
-                if row.recompute { "yes".into() } else { "no".into() },
-                format!("{} of {}", gib(row.memory_bytes as f64), gib(row.memory_limit_bytes as f64)),
-                percent(row.busy),
-            ]);
-            last = Some(row);
+        let all = self.answer.rows();
+        let mut first_of_template = 0;
+        for template in &self.answer.layout.templates {
+            for run in alike(&self.answer.instance, &template.stages) {
+                let place = first_of_template + run.start..first_of_template + run.end;
+                rows.push(row_of(&all[place], layers_of(&template.stages[run])));
+            }
+            first_of_template += template.stages.len();
         }
         table(f, &rows)
     }
@@ -183,7 +200,7 @@ impl Told<'_> {
         let mut rows = vec![cells(["plan", "", "iterations a second", "against this"])];
         for row in &self.why.rejected {
             let (rate, against) = match row.iterations_per_second {
-                Some(rate) => (format!("{rate:.5}"), format!("{:+.1} %", 100.0 * (rate / own - 1.0))),
+                Some(of) => (rate(of), format!("{:+.1} %", 100.0 * (of / own - 1.0))),
                 None => ("no plan found".into(), String::new()),
             };
             rows.push(vec![row.name.clone(), String::new(), rate, against]);
@@ -203,8 +220,8 @@ impl Told<'_> {
                 match self.answer.plan.as_ref().and_then(|plan| plan.prediction.as_ref()) {
                     Some(prediction) => writeln!(
                         f,
-                        " `hgct train --plan` runs it: {:.3} s a step by the simulation of what its workers do.",
-                        prediction.step_ns as f64 / 1e9
+                        " `hgct train --plan` runs it: {} a step by the simulation of what its workers do.",
+                        words::nanoseconds(prediction.step_ns)
                     ),
                     None => writeln!(f),
                 }

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::text::percent;
 use super::{Answer, BelowSum};
 use crate::instance::{Curve, Instance, Link};
+use crate::words::{count, rate};
 
 /// The part by which memory and links are made larger to see what they are worth.
 const MORE: f64 = 0.1;
@@ -18,14 +19,25 @@ pub struct Rejected {
     pub iterations_per_second: Option<f64>,
 }
 
+/// Devices that are left idle.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Idle {
+    /// Their kind.
+    pub kind: String,
+    /// How many.
+    pub devices: u64,
+}
+
 /// What one more of something brings.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Shadow {
     /// Of what.
     pub name: String,
     /// Iterations a second that are gained.
+    #[serde(rename = "iterations_per_second_gained")]
     pub gain: f64,
     /// The same as a part of the answer's.
+    #[serde(rename = "part_gained")]
     pub gain_part: f64,
 }
 
@@ -34,14 +46,14 @@ pub struct Shadow {
 pub struct Why {
     /// In words, most important first.
     pub reasons: Vec<String>,
-    /// One-kind answers and answers without a kind.
+    /// One-kind answers and answers without a kind, other than the answer itself.
     pub rejected: Vec<Rejected>,
     /// The answer ÷ the sum of the one-kind answers at the same global batch.
     pub of_sum_of_kinds: Option<f64>,
     /// Which physical limit forbids more, where that is below 0.95.
     pub below_sum: Option<BelowSum>,
     /// Kinds of which devices are left idle, and how many.
-    pub idle: Vec<(String, u64)>,
+    pub idle: Vec<Idle>,
     /// What more would bring.
     pub shadow_prices: Vec<Shadow>,
 }
@@ -56,7 +68,9 @@ pub fn why(answer: &Answer, alone: &[Option<f64>], search: Option<Search<'_>>) -
     let used = answer.layout.devices_used(instance.pools.len());
     let idle = instance.pools.iter().zip(&used).filter(|(pool, used)| pool.num_devices() > **used);
     let mut why = Why {
-        idle: idle.map(|(pool, used)| (pool.kind.clone(), pool.num_devices() - used)).collect(),
+        idle: idle
+            .map(|(pool, used)| Idle { kind: pool.kind.clone(), devices: pool.num_devices() - used })
+            .collect(),
         ..Why::default()
     };
     let own = answer.iterations_per_s();
@@ -76,6 +90,9 @@ pub fn why(answer: &Answer, alone: &[Option<f64>], search: Option<Search<'_>>) -
             .collect();
     }
     why.reasons = reasons(answer, &why);
+    // What is as fast is the answer itself, which needs no more than those devices.
+    let same = |rate: f64| (rate / own - 1.0).abs() < 1e-9;
+    why.rejected.retain(|row| !row.iterations_per_second.is_some_and(same));
     why
 }
 
@@ -157,20 +174,25 @@ fn reasons(answer: &Answer, why: &Why) -> Vec<String> {
     let own = answer.iterations_per_s();
     let priced = answer.price();
     let mut reasons = Vec::new();
-    for (kind, count) in &why.idle {
+    for Idle { kind, devices } in &why.idle {
+        let (devices, are) = (count(*devices, "device"), if *devices == 1 { "is" } else { "are" });
         reasons.push(format!(
-            "{count} devices of {kind} are left idle: no place was found where they make a step shorter"
+            "{devices} of {kind} {are} left idle: no place was found where a step would be shorter"
         ));
     }
     for row in &why.rejected {
         let Some(kind) = row.name.strip_prefix("without ") else { continue };
         match row.iterations_per_second {
             Some(without) if without > own => reasons.push(format!(
-                "{kind} slows the run down: without it the search found {without:.4} iterations a second ({} more)",
+                "{kind} slows the run down: without it the search found {} iterations a second ({} more)",
+                rate(without),
                 percent(without / own - 1.0)
             )),
             Some(without) => {
-                reasons.push(format!("{kind} adds {} to what is possible without it", percent(own / without - 1.0)));
+                reasons.push(format!(
+                    "{kind} adds {} to what is possible without it",
+                    percent(own / without - 1.0)
+                ));
             }
             None => reasons.push(format!("{kind} is needed: without it no plan was found")),
         }

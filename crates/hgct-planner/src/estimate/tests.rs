@@ -198,7 +198,7 @@ fn a_profile_becomes_an_instance_with_a_pool_a_kind() {
     let expected = link.latency_ns as f64 * 1e-9 + 1e6 / link.bytes_per_s as f64;
     assert!((seconds - expected).abs() < 1e-12, "{seconds} {expected}");
     let other = ModelSpec { num_layers: fixture.model.num_layers + 1, ..fixture.model.clone() };
-    assert!(build(&other).unwrap_err().to_string().starts_with("profile: model is "));
+    assert!(build(&other).unwrap_err().to_string().starts_with("the profile has model "));
 }
 
 #[test]

@@ -181,7 +181,10 @@ fn of_template(instance: &Instance, index: usize, template: &Template, faults: &
         if stage.first_layer != next || stage.end_layer <= next {
             say(
                 place(index, at),
-                format!("layers {}..{} where {next} comes next", stage.first_layer, stage.end_layer),
+                format!(
+                    "layers {} where {next} comes next",
+                    crate::words::layers(stage.first_layer, stage.end_layer)
+                ),
             );
         }
         next = next.max(stage.end_layer);

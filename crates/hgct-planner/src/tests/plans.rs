@@ -231,7 +231,7 @@ fn all_kinds_asked_for_all_count() {
     assert_eq!(planned(&instance).explanation, four.explanation);
     instance.job.policy.min_kinds = 5.into();
     let error = plan(&instance.input(), &Budget::default()).unwrap_err();
-    assert_eq!(error.to_string(), "job: `policy.min_kinds` is 5, but there are 4 kinds to plan for");
+    assert_eq!(error.to_string(), "`policy.min_kinds` is 5, but there are 4 kinds to plan for");
 }
 
 #[test]
@@ -293,7 +293,7 @@ fn bad_input_has_one_clear_error() {
     for (found, expected) in [
         (
             error(&|i| i.job.recipe.global_batch = 63),
-            "job: `recipe.global_batch` is 63, which no sum of micro-batches of [2, 4] samples gives; \
+            "`recipe.global_batch` is 63, which no sum of micro-batches of [2, 4] samples gives; \
              nearest that work: 62, 64",
         ),
         (
@@ -301,7 +301,7 @@ fn bad_input_has_one_clear_error() {
                 i.job.recipe.global_batch = 70;
                 i.job.policy.max_micro_batches = 4;
             }),
-            "job: `recipe.global_batch` is 70, which no sum of micro-batches of [2, 4] samples gives with at most \
+            "`recipe.global_batch` is 70, which no sum of micro-batches of [2, 4] samples gives with at most \
              4 micro-batches a pipeline; nearest that work: 64",
         ),
         (
@@ -312,31 +312,31 @@ fn bad_input_has_one_clear_error() {
             error(&|i| {
                 i.profile.devices.remove(1);
             }),
-            "profile: local/jax:1 has no row; run `hgct profile`, or leave it out by `policy.devices`",
+            "the profile has no row of local/jax:1; run `hgct profile`, or leave it out by `policy.devices`",
         ),
         (
             error(&|i| i.profile.devices[1].grant.threads = 2),
-            "profile: local/jax:1 has no row for its grant in the cluster; run `hgct profile`, or leave it out \
+            "the profile has no row of local/jax:1 for its grant in the cluster; run `hgct profile`, or leave it out \
              by `policy.devices`",
         ),
         (
             error(&|i| i.job.recipe.seq_len = 64),
-            "profile: seq_len is 128, but the job has 64; run `hgct profile` again",
+            "the profile has seq_len 128, but the job 64; run `hgct profile` again",
         ),
         (
             error(&|i| i.job.policy.micro_batches = vec![3]),
-            "job: `policy.micro_batches` allows [3], but local/torch:0 was measured with [2, 4] only: allow one \
+            "`policy.micro_batches` allows [3], but local/torch:0 was measured with [2, 4] only: allow one \
              of these, or leave the device out with `policy.devices`",
         ),
         (
             error(&|i| {
                 i.profile.links.remove(0);
             }),
-            "profile: no link from local/torch:0 to local/jax:1; run `hgct profile` with both",
+            "the profile has no link from local/torch:0 to local/jax:1; run `hgct profile` with both",
         ),
         (
             error(&|i| i.job.policy.devices = vec!["local/torch:9".parse().unwrap()]),
-            "job: `policy.devices` names local/torch:9, which the cluster does not have (it has: local/torch:0, \
+            "`policy.devices` names local/torch:9, which the cluster does not have (it has: local/torch:0, \
              local/jax:1, local/paddle:2, local/mlx:3)",
         ),
     ] {

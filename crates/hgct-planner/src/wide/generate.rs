@@ -53,6 +53,8 @@ pub(crate) struct Generator {
     slots: Vec<u32>,
     /// Cost, first choice and the suffix after it, of whole pipelines.
     finals: Vec<(f64, u16, u32)>,
+    /// Stages that were tried so far: what it has taken.
+    pub(crate) work: u64,
 }
 
 impl Generator {
@@ -165,6 +167,7 @@ impl Generator {
         if depth == wish.most_stages {
             return;
         }
+        self.work += befores[of.end].len() as u64;
         for before in &befores[of.end] {
             let before = *before;
             if end < 2 || !fine(end - 1, Some(before)) {

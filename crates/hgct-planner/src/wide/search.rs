@@ -79,12 +79,20 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             return self.combine();
         }
         let mut contexts = Vec::new();
-        for (least_degree, largest) in self.contexts() {
-            let mut context = self.context(least_degree, largest);
+        let all = self.contexts();
+        let (mut at, mut stride) = (0, 1);
+        while let Some((least_degree, largest)) = all.get(at) {
+            let mut context = self.context(*least_degree, *largest);
             self.coarse(&mut context)?;
             if context.seconds.is_finite() {
                 contexts.push(context);
             }
+            if at == 0 {
+                // As many as half of the work allows, evenly spaced.
+                let whole = self.generator.work.saturating_mul(all.len() as u64);
+                stride = whole.div_ceil(self.most_work() / 2).max(1) as usize;
+            }
+            at += stride;
         }
         contexts.sort_by(|a, b| (a.seconds + a.exchange).total_cmp(&(b.seconds + b.exchange)));
         for (at, context) in contexts.iter_mut().take(self.start.depth).enumerate() {
@@ -101,6 +109,15 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             self.make_whole(context)?;
         }
         Some(())
+    }
+
+    /// Stages that generators may try. In a flat ring the largest stage decides how long every exchange
+    /// takes; what goes between nodes once and hides is worth less of a search.
+    fn most_work(&self) -> u64 {
+        match self.table.instance.rules.exchange {
+            crate::instance::Exchange::FlatRing { .. } => u64::MAX,
+            crate::instance::Exchange::Hierarchical => HIDDEN_WORK,
+        }
     }
 
     fn context(&self, least_degree: u32, largest: f64) -> Context {
@@ -265,7 +282,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         num: f64,
         keep: usize,
     ) -> Option<()> {
-        if num < 0.9 || !context.seconds.is_finite() {
+        if num < 0.9 || !context.seconds.is_finite() || self.generator.work > self.most_work() {
             return Some(());
         }
         let wish = Wish {
@@ -423,6 +440,8 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
 
 /// Devices up to which every pool is looked at alone, however many pools there are.
 const FEW_DEVICES: u64 = 64;
+/// Stages that are tried at most where exchanges are hierarchical: some tenths of a second.
+const HIDDEN_WORK: u64 = 2_000_000;
 /// Ways to place a stage beyond which only alike pipelines are made.
 const MANY_ENDS: usize = 8;
 /// Layers beyond which it is so.

@@ -1,5 +1,7 @@
 //! `hgct plan`: of a job on devices that are here, or of any model on any cluster from documents alone.
 
+mod document;
+mod job;
 mod problem;
 mod search;
 mod tables;
@@ -12,13 +14,14 @@ use anyhow::{Context as _, Result, bail};
 use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
 use hgct_core::plan::Plan;
-use hgct_planner::answer::{Answer, Basis, Expected, Why, compare, limited_by, shortage, why};
+use hgct_planner::answer::{Answer, Expected, Why, compare, limited_by, shortage, why};
 use hgct_planner::instance::{Instance, Layout, Priced, Schedule, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
+use hgct_planner::words::{count, rate, seconds};
 use hgct_planner::{Planned, executable};
 use serde_json::{Value, json};
 
-use crate::commands::{self, PlanArgs};
+use crate::commands::PlanArgs;
 use crate::train::{AgentArgs, DeviceArgs};
 use crate::workspace::{Workspace, write_atomically};
 use problem::{Documents, Problem};
@@ -153,7 +156,7 @@ pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
                 devices: args.devices.clone(),
                 agents: args.agents.clone(),
             };
-            commands::plan(&Workspace::open(dir)?, &args)
+            job::plan(&Workspace::open(dir)?, &args)
         }
         (None, Some(model)) => from_documents(args, model),
         (None, None) => bail!(
@@ -177,6 +180,10 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         None => None,
     };
     let started = Instant::now();
+    // What does not fit at any rate need not be searched for.
+    if let Some(shortage) = shortage(&problem.instance) {
+        bail!("the model fits nowhere: {shortage}");
+    }
     let found = search::search(&problem.instance, args.large.time_limit)?;
     let search_seconds = started.elapsed().as_secs_f64();
     let alone = alone(&problem.instance, &found);
@@ -185,7 +192,7 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         None => (found.best, None),
     };
     let Some((layout, priced)) = best else {
-        bail!("{}", fits_nowhere(&problem.instance, found.finished));
+        bail!("{}", no_plan(found.finished, args.large.time_limit.is_some()));
     };
     let seconds = |instance: &Instance| price(instance, &layout).iteration_s;
     let [slow_s, fast_s] = [&problem.slow, &problem.fast].map(|case| case.as_ref().map(seconds));
@@ -223,12 +230,14 @@ fn forced(kinds: &str, answer: &Answer, free: Option<f64>) -> (String, &'static 
     let costs = free.map(|free| 1.0 - own / free);
     let text = match (free, costs) {
         (Some(free), Some(costs)) => format!(
-            "Tensor parallelism over {kinds} was forced: {own:.5} iterations a second, {:.1} % less than the \
-             {free:.5} without\n",
-            100.0 * costs
+            "Tensor parallelism over {kinds} was forced: {} iterations a second, {:.1} % less than the {} without\n",
+            rate(own),
+            100.0 * costs,
+            rate(free)
         ),
         _ => format!(
-            "Tensor parallelism over {kinds} was forced: {own:.5} iterations a second; without it no plan was found\n"
+            "Tensor parallelism over {kinds} was forced: {} iterations a second; without it no plan was found\n",
+            rate(own)
         ),
     };
     let data = json!({
@@ -279,6 +288,10 @@ fn alone(instance: &Instance, found: &Found) -> Vec<Option<f64>> {
 fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
     let parent = read_answer(parent)?;
     let lost: Vec<_> = lost_nodes(&parent.instance, &args.lose)?.into_iter().collect();
+    let nodes: u64 = parent.instance.pools.iter().map(|pool| u64::from(pool.nodes)).sum();
+    if lost.len() as u64 == nodes {
+        bail!("`--lose` names every node that there is: nothing is left to plan for");
+    }
     let started = Instant::now();
     let found = replan(
         &parent.instance,
@@ -314,7 +327,7 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
         plan: None,
         ..parent
     };
-    let mut text = format!("Without {}: it was {:.3} s a step\n", args.lose.join(", "), found.before_s);
+    let mut text = format!("Without {}: it was {} a step\n", args.lose.join(", "), seconds(found.before_s));
     let ways: Vec<Value> = found.ways.iter().map(|way| told(way, &mut text)).collect();
     let ways =
         json!({ "lost": args.lose, "before_seconds": found.before_s, "steps": args.steps, "ways": ways });
@@ -326,12 +339,12 @@ fn told(way: &Way, text: &mut String) -> Value {
     use std::fmt::Write as _;
     let _ = writeln!(
         text,
-        "  {:<5} {:.3} s a step; {} pipelines stay as they are, {:.1} GB to move in {:.1} s",
+        "  {:<5} {} a step; {} stay as they are, {:.1} GB to move in {}",
         way.name,
-        way.priced.iteration_s,
-        way.kept_pipelines,
+        seconds(way.priced.iteration_s),
+        count(way.kept_pipelines, "pipeline"),
         way.moved_bytes / 1e9,
-        way.moved_s
+        seconds(way.moved_s)
     );
     json!({
         "name": way.name,
@@ -357,53 +370,30 @@ fn print(
         write_atomically(path, canonical::encode(answer).as_bytes(), 0o644)?;
     }
     let text = if args.json {
-        let mut document = document(answer, why, search_seconds);
+        let mut document = document::of_answer(answer, why, search_seconds);
         if let Some((_, key, data)) = more {
             document[key] = data;
         }
         canonical::encode(&document)
     } else {
         let more = more.map_or_else(String::new, |(text, ..)| format!("{text}\n"));
-        format!("{more}{}{hint}Searched for {search_seconds:.2} s.\n", answer.tell(why))
+        format!("{more}{}{hint}Searched for {}.\n", answer.tell(why), seconds(search_seconds))
     };
     std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the plan")?;
     Ok(0)
 }
 
-/// What `--json` prints.
-fn document(answer: &Answer, why: &Why, search_seconds: f64) -> Value {
-    let prediction = &answer.prediction;
-    let executed = answer.plan.as_ref().and_then(|plan| plan.prediction.as_ref());
-    let executed = executed.map(|prediction| prediction.step_ns as f64 / 1e9);
-    json!({
-        "iterations_per_second": answer.iterations_per_s(),
-        "iteration_seconds": prediction.iteration_s,
-        "interval_seconds": prediction.fast_s.zip(prediction.slow_s).map(|(fast, slow)| [fast, slow]),
-        "upper_bound": prediction.bound_s.map(|bound| 1.0 / bound),
-        "gap": prediction.gap(),
-        "limited_by": prediction.limited_by,
-        "finished": prediction.finished,
-        "search_seconds": search_seconds,
-        "tokens_per_second": answer.tokens_per_s(),
-        "mfu": answer.mfu(),
-        "basis": answer.basis,
-        "measure_first": answer.basis == Basis::Estimate,
-        "executed_seconds": executed,
-        "rows": answer.rows(),
-        "why": why,
-        "plan": answer,
-    })
-}
-
-fn fits_nowhere(instance: &Instance, finished: bool) -> String {
-    match shortage(instance) {
-        Some(shortage) => format!("the model fits nowhere: {shortage}"),
-        None if finished => {
-            "the model fits nowhere: all devices together would hold it, but no division into \
-                             pipelines does; use devices with more memory, or a larger cluster"
-                .to_owned()
+/// Why there is no plan, where the sums of memory would allow one.
+fn no_plan(finished: bool, limited: bool) -> &'static str {
+    match (finished, limited) {
+        (true, _) => {
+            "the model fits nowhere: all devices together would hold it, but no division into pipelines was found \
+             that does; use devices with more memory, a smaller micro-batch, or a larger cluster"
         }
-        None => "the search was ended before it had a plan: give it a larger --time-limit".to_owned(),
+        (false, true) => "the search was ended before it had a plan: give it a larger --time-limit",
+        (false, false) => {
+            "the search found no plan within its budget: give it a --time-limit of a minute or more"
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use hgct_core::profile::{DeviceProfile, LayerProfile, Profile, Spread};
 use crate::support::{BINARY, Bench, CONFIG, Running, kept, machine, put, skip};
 
 /// A cluster of one device with so much memory, and its profile.
-fn documents(memory_bytes: u64) -> (ClusterSpec, Profile) {
+pub(crate) fn documents(memory_bytes: u64) -> (ClusterSpec, Profile) {
     let grant = Grant { cpu_millicores: 1000, cores: vec![0], threads: 1, memory_bytes };
     let device = DeviceSpec {
         id: DeviceId::new("local/mlx:0").unwrap(),

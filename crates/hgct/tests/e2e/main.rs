@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod bad_input;
+mod bad_plans;
 mod ends;
 mod hosts;
 mod measured;

@@ -6,14 +6,15 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::support::{BINARY, root};
+use crate::bad_input::documents;
+use crate::support::{BINARY, Bench, put, root};
 
 /// Two small groups, a folder to write to, and the arguments of a call that works.
-struct Documents {
+pub(crate) struct Documents {
     folder: tempfile::TempDir,
 }
 
-const CLUSTER: &str = r#"format = 1
+pub(crate) const CLUSTER: &str = r#"format = 1
 [[group]]
 name = "fast"
 kind = "a100-80"
@@ -33,23 +34,23 @@ between = ["fast", "slow"]
 bytes_per_s = 10e9
 "#;
 
-const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
+pub(crate) const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
   "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
   "max_position_embeddings": 2048}"#;
 
 impl Documents {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let documents = Self { folder: tempfile::tempdir().unwrap() };
         documents.put("cluster.toml", CLUSTER);
         documents.put("config.json", CONFIG);
         documents
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn put(&self, name: &str, text: &str) {
+    pub(crate) fn put(&self, name: &str, text: &str) {
         fs::write(self.path(name), text).unwrap();
     }
 
@@ -63,14 +64,14 @@ impl Documents {
         command.args(more).output().unwrap()
     }
 
-    fn json(&self, more: &[&str]) -> Value {
+    pub(crate) fn json(&self, more: &[&str]) -> Value {
         let output = self.plan("64", &[more, &["--json"]].concat());
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// The one error of a call that must fail with exit code 2.
-    fn error(&self, batch: &str, more: &[&str]) -> String {
+    pub(crate) fn error(&self, batch: &str, more: &[&str]) -> String {
         let output = self.plan(batch, more);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{error}");
@@ -78,8 +79,21 @@ impl Documents {
         error
     }
 
+    /// The same with all arguments beside cluster and model.
+    pub(crate) fn error_of(&self, args: &[&str]) -> String {
+        let mut command = Command::new(BINARY);
+        command.current_dir(self.folder.path()).arg("plan");
+        if !args.contains(&"--cluster") {
+            command.args(["--cluster", "cluster.toml"]);
+        }
+        let output = command.args(["--model", "config.json"]).args(args).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+        error
+    }
+
     /// The error when one part of the cluster is replaced.
-    fn with(&self, from: &str, to: &str) -> String {
+    pub(crate) fn with(&self, from: &str, to: &str) -> String {
         assert!(CLUSTER.contains(from), "{from}");
         self.put("cluster.toml", &CLUSTER.replacen(from, to, 1));
         let error = self.error("64", &[]);
@@ -254,4 +268,89 @@ fn the_example_is_what_it_says() {
     assert_eq!((cluster.num_devices(), cluster.groups.len()), (1024, 4));
     let model = hgct_core::architecture::Architecture::from_config_json("config.json", &read("config.json"));
     assert_eq!(model.unwrap().num_parameters() / 1_000_000_000, 100);
+}
+
+/// Every key of an object and of the objects in it that people's programs read.
+fn keys(of: &Value) -> Vec<String> {
+    of.as_object().unwrap().keys().cloned().collect()
+}
+
+#[test]
+fn a_job_and_a_model_are_answered_in_the_same_form() {
+    let of_model = Documents::new().json(&[]);
+    let bench = Bench::with_table("", 8, 0);
+    let (cluster, profile) = documents(1 << 30);
+    put(&bench.path("cluster.toml"), &cluster.to_toml(), 0o644);
+    put(&bench.path("profile.json"), &hgct_core::canonical::encode(&profile), 0o644);
+    let plan = ["plan", "job.toml", "--cluster", "cluster.toml", "--profile", "profile.json"];
+    let output = Command::new(BINARY).current_dir(bench.path("")).args(plan).arg("--json").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let of_job: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(keys(&of_model), keys(&of_job));
+    let mut row = keys(&of_job["rows"][0]);
+    row.retain(|key| key != "device");
+    assert_eq!(keys(&of_model["rows"][0]), row);
+    assert_eq!(of_job["rows"][0]["layers"][0], 0);
+    assert!(of_job["upper_bound"].as_f64() >= of_job["iterations_per_second"].as_f64());
+    for of in [&of_model, &of_job] {
+        let own = of["iterations_per_second"].as_f64().unwrap();
+        for row in of["why"]["rejected"].as_array().unwrap() {
+            let rate = row["iterations_per_second"].as_f64();
+            assert!(
+                rate.is_none_or(|rate| (rate / own - 1.0).abs() > 1e-9),
+                "the plan itself is rejected: {row}"
+            );
+        }
+    }
+    // In text both name the first and the last layer.
+    let output = Command::new(BINARY).current_dir(bench.path("")).args(plan).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let last = of_job["rows"].as_array().unwrap().last().unwrap()["layers"][1].as_u64().unwrap() - 1;
+    assert!(text.contains(&format!("–{last}")) && !text.contains(".."), "{text}");
+}
+
+#[test]
+fn alike_stages_are_one_row_and_comparisons_have_names() {
+    let documents = Documents::new();
+    let deep = ["--micro-batches", "1", "--schedules", "1f1b", "--seq-len", "2048"];
+    documents.put("config.json", &CONFIG.replace("\"num_hidden_layers\": 22", "\"num_hidden_layers\": 240"));
+    documents.json(&[deep.as_slice(), &["-o", "a.json"]].concat());
+    documents.json(&["-o", "b.json"]);
+    let plan: Value = serde_json::from_str(&fs::read_to_string(documents.path("a.json")).unwrap()).unwrap();
+    let stages: usize = plan["layout"]["templates"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|template| template["stages"].as_array().unwrap().len())
+        .sum();
+    let text = String::from_utf8(documents.plan("64", &deep).stdout).unwrap();
+    let table = text.split("Stages\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    assert!(stages > 4 && table.lines().count() <= stages, "{stages} stages:\n{text}");
+    assert!(table.contains(" ×") && table.contains(" each"), "{text}");
+    let mut command = Command::new(BINARY);
+    command.current_dir(documents.path("")).args(["plan", "--json", "--compare", "a.json", "b.json"]);
+    let compared: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+    for (row, name) in compared["rows"].as_array().unwrap().iter().zip(["first", "second"]) {
+        assert_eq!(row["plan"], name);
+        assert!(row["iterations_per_second"].is_number() && row["devices"][0]["kind"].is_string(), "{row}");
+    }
+}
+
+#[test]
+fn a_time_limit_is_kept_and_proves_a_gap() {
+    let of = |name: &str| root().join("examples/planning").join(name);
+    let started = std::time::Instant::now();
+    let mut command = Command::new(BINARY);
+    command.args(["plan", "--json", "--time-limit", "1", "--global-batch", "1024", "--seq-len", "4096"]);
+    command.arg("--cluster").arg(of("cluster.toml")).arg("--model").arg(of("config.json"));
+    let output = command.output().unwrap();
+    let taken = started.elapsed();
+    if output.status.code() == Some(2) {
+        // A build without optimisation may find nothing in time, and says so.
+        assert!(String::from_utf8_lossy(&output.stderr).contains("larger --time-limit"));
+    } else {
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(answer["gap"].as_f64().unwrap() < 1.0 && answer["upper_bound"].is_number());
+    }
+    assert!(taken < std::time::Duration::from_secs(8), "{taken:?}");
 }
