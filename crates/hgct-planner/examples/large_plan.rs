@@ -63,6 +63,7 @@ fn synthetic(kinds: &[(&str, f64, f64)], nodes: u32, global_batch: u32, model: &
             gradient_bytes: 2.0 * parameters[at],
             parameter_bytes: 2.0 * parameters[at],
             output_bytes: 2.0 * t * h,
+            experts: None,
             memory: degrees
                 .iter()
                 .map(|degree| LayerMemory {
@@ -86,6 +87,7 @@ fn synthetic(kinds: &[(&str, f64, f64)], nodes: u32, global_batch: u32, model: &
             |at: usize| 2.0 * b * flops[at] / d / reached + if at == 1 { 2.0 * ring } else { 0.0 } + 4e-5;
         CostRow {
             tensor_parallel,
+            expert_parallel: 1,
             micro_batch,
             forward_s: (0..3).map(forward).collect(),
             backward_s: (0..3).map(backward).collect(),

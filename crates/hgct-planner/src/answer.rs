@@ -141,8 +141,10 @@ pub struct StageRow {
     pub layers: [u32; 2],
     /// Devices of all its instances.
     pub devices: u64,
-    /// Devices of a group.
+    /// Devices of a tensor-parallel group.
     pub tensor_parallel: u32,
+    /// Devices that routed experts are divided among, each whole; 1 where the model has none.
+    pub expert_parallel: u32,
     /// Groups of an instance.
     pub replicas: u32,
     /// Samples a micro-batch.
@@ -241,6 +243,7 @@ impl Answer {
     /// A row a stage.
     pub fn rows(&self) -> Vec<StageRow> {
         let priced = self.price();
+        let routed = self.instance.classes.iter().any(|class| class.experts.is_some());
         let mut rows = Vec::new();
         for (template, (of, costs)) in self.layout.templates.iter().zip(&priced.templates).enumerate() {
             for (index, (stage, cost)) in of.stages.iter().zip(&costs.stages).enumerate() {
@@ -253,6 +256,7 @@ impl Answer {
                     layers: [stage.first_layer, stage.end_layer],
                     devices: u64::from(of.count) * stage.num_devices(),
                     tensor_parallel: stage.tensor_parallel,
+                    expert_parallel: if routed { stage.group_devices() } else { 1 },
                     replicas: stage.replicas,
                     micro_batch: of.micro_batch,
                     micro_batches: of.num_micro_batches,

@@ -10,7 +10,9 @@ use hgct_core::dtype::DType;
 use hgct_core::topology::{ResolvedGroup, Topology};
 use serde::{Deserialize, Serialize};
 
-use crate::instance::{CostRow, Curve, Instance, LayerClass, LayerMemory, Link, LinkRow, Pool, Rules, Run};
+use crate::instance::{
+    CostRow, Curve, Exchange, ExpertClass, Instance, LayerClass, LayerMemory, Link, LinkRow, Pool, Rules, Run,
+};
 use crate::{Error, Result};
 
 mod measured;
@@ -25,6 +27,8 @@ pub use roofline::Device;
 
 /// Micro-batch sizes that are offered to the search, where the global batch allows.
 const MICRO_BATCHES: [u32; 5] = [1, 2, 4, 8, 16];
+/// Samples of a micro-batch that several groups divide, at most.
+const MOST_SAMPLES: u32 = 32;
 /// What a framework takes of a card before it has a model, bytes: context, libraries, workspaces.
 const BASE_BYTES: f64 = 2.0 * GIB;
 /// The same for the buffers of collectives.
@@ -93,8 +97,9 @@ impl Precision {
 
 /// Estimates what a workload costs on the groups of a topology; a pool a group.
 ///
-/// Tensor parallelism stays inside a node; the routed experts of a layer are divided among the ranks
-/// of its tensor-parallel group, each whole (expert parallelism folded onto that group).
+/// Tensor parallelism stays inside a node. The routed experts of a layer are divided, each whole, among
+/// the ranks of its tensor-parallel group, or among several such groups of one node that divide the
+/// micro-batch (expert parallelism beyond the group), where their number allows it.
 pub fn estimate(
     topology: &Topology,
     groups: &[ResolvedGroup<'_>],
@@ -108,7 +113,11 @@ pub fn estimate(
         .map(|power| 1 << power)
         .filter(|degree| architecture.allows_tensor_parallel(*degree))
         .collect();
-    let pools = groups.iter().map(|group| pool(group, workload, &degrees, case));
+    // Several copies of what is dense are exchanged inside of a node first, and their optimizer state is
+    // divided: what has no word for either knows no such groups.
+    let divides = matches!(rules.exchange, Exchange::Hierarchical) && rules.shard_optimizer;
+    let shapes = shapes(architecture, &degrees, if divides { most } else { 1 });
+    let pools = groups.iter().map(|group| pool(group, workload, &degrees, &shapes, case));
     let pools: Vec<Pool> = pools.collect::<Result<_>>()?;
     let inter = (0..groups.len())
         .map(|a| (0..groups.len()).map(|b| between(topology, groups, a, b, case)).collect())
@@ -147,7 +156,32 @@ fn layer(class: &ModelLayer, workload: &Workload<'_>, degrees: &[u32]) -> LayerC
         parameter_bytes: bytes(precision.weight_bytes),
         output_bytes: architecture.edge_bytes(*seq_len, dtype) as f64,
         memory: degrees.iter().map(memory).collect(),
+        experts: class.experts.map(|_| {
+            let bytes = |each: u32| class.num_expert_parameters() as f64 * f64::from(each);
+            ExpertClass {
+                gradient_bytes: bytes(precision.gradient_bytes),
+                parameter_bytes: bytes(precision.weight_bytes),
+                state_bytes: bytes(precision.weight_bytes + precision.gradient_bytes),
+                optimizer_bytes: bytes(precision.optimizer_bytes),
+            }
+        }),
     }
+}
+
+/// Tensor parallel degrees, each with the devices among which experts may be divided: 1 for those of the
+/// group, and whatever more of a node of `most` devices divides every layer's experts evenly.
+fn shapes(architecture: &Architecture, degrees: &[u32], most: u32) -> Vec<(u32, u32)> {
+    let experts: Vec<u32> = architecture.classes.iter().filter_map(|c| Some(c.experts?.count)).collect();
+    let wider = |degree: u32| {
+        let powers = (1..=most.max(1).ilog2()).map(|power| 1u32 << power);
+        powers.filter(move |e| *e > degree)
+    };
+    let even = |e: &u32| !experts.is_empty() && experts.iter().all(|count| count.is_multiple_of(*e));
+    let of = |degree: &u32| {
+        let degree = *degree;
+        std::iter::once(1).chain(wider(degree).filter(even)).map(move |e| (degree, e))
+    };
+    degrees.iter().flat_map(of).collect()
 }
 
 /// Parameters that a rank holds of a layer at a degree. A tied head holds the embedding's matrix too.
@@ -157,15 +191,24 @@ fn held_parameters(class: &ModelLayer, architecture: &Architecture, degree: u32)
     (class.parameters_a_rank(degree, 1) + tied.div_ceil(u64::from(degree))) as f64
 }
 
-fn pool(group: &ResolvedGroup<'_>, workload: &Workload<'_>, degrees: &[u32], case: Case) -> Result<Pool> {
+fn pool(
+    group: &ResolvedGroup<'_>,
+    workload: &Workload<'_>,
+    degrees: &[u32],
+    shapes: &[(u32, u32)],
+    case: Case,
+) -> Result<Pool> {
     let device = Device::new(group, workload.precision.compute, case)?;
     let memory_bytes = group.memory_bytes as f64;
-    let sizes = MICRO_BATCHES.into_iter().filter(|size| *size <= workload.global_batch);
-    let costs = degrees
+    let costs = shapes
         .iter()
-        .filter(|degree| **degree <= group.group.devices)
-        .flat_map(|degree| sizes.clone().map(move |size| (*degree, size)))
-        .map(|(degree, size)| cost(&device, workload, degree, size));
+        .filter(|(degree, experts)| degree.max(experts) <= &group.group.devices)
+        .flat_map(|shape| MICRO_BATCHES.map(|size| (*shape, size)))
+        .filter(|((degree, experts), size)| {
+            let samples = size * (experts / degree).max(1);
+            samples <= workload.global_batch && (*experts == 1 || samples <= MOST_SAMPLES)
+        })
+        .map(|(shape, size)| cost(&device, workload, shape, size));
     let overhead = |degree: &u32| {
         BASE_BYTES + FRAGMENTS * memory_bytes + if *degree > 1 { COLLECTIVE_BYTES } else { 0.0 }
     };
@@ -183,17 +226,22 @@ fn pool(group: &ResolvedGroup<'_>, workload: &Workload<'_>, degrees: &[u32], cas
     })
 }
 
-fn cost(device: &Device, workload: &Workload<'_>, tensor_parallel: u32, micro_batch: u32) -> CostRow {
+fn cost(
+    device: &Device,
+    workload: &Workload<'_>,
+    (tensor_parallel, expert_parallel): (u32, u32),
+    micro_batch: u32,
+) -> CostRow {
     let architecture = workload.architecture;
     let (mut forward_s, mut backward_s, mut update_s) = (Vec::new(), Vec::new(), Vec::new());
     for class in &architecture.classes {
-        let seconds = device.layer(class, workload, tensor_parallel, micro_batch);
+        let seconds = device.layer(class, workload, tensor_parallel, expert_parallel, micro_batch);
         forward_s.push(seconds.0);
         backward_s.push(seconds.1);
         let parameters = held_parameters(class, architecture, tensor_parallel);
         update_s.push(device.update(parameters, workload.precision));
     }
-    CostRow { tensor_parallel, micro_batch, forward_s, backward_s, update_s }
+    CostRow { tensor_parallel, expert_parallel, micro_batch, forward_s, backward_s, update_s }
 }
 
 /// The link from a node of group `a` to one of group `b`, by how many devices use it: each device has

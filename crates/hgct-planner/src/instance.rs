@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 mod assign;
 mod check;
 mod curve;
+mod experts;
 mod names;
 mod price;
 mod schedule;
@@ -28,6 +29,8 @@ mod tests;
 pub use assign::{Group, assign};
 pub use check::{Fault, check, check_groups, check_instance};
 pub use curve::{Curve, Link, LinkRow};
+pub use experts::ExpertClass;
+pub(crate) use experts::Held;
 pub(crate) use names::bad;
 pub use names::{Named, lost_nodes};
 pub(crate) use price::exchange_groups;
@@ -74,6 +77,9 @@ pub struct LayerClass {
     pub output_bytes: f64,
     /// What a device holds, by degree.
     pub memory: Vec<LayerMemory>,
+    /// What of all this belongs to routed experts; absent where there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertClass>,
 }
 
 /// What each device of a group holds of one layer at one degree.
@@ -117,7 +123,7 @@ pub struct Pool {
     pub overhead_bytes: Vec<f64>,
     /// Link between devices of a node.
     pub intra: Link,
-    /// Known costs; a pair (degree, micro-batch) without a row cannot be used.
+    /// Known costs; a degree, expert parallel degree and micro-batch without a row cannot be used.
     pub costs: Vec<CostRow>,
 }
 
@@ -127,7 +133,11 @@ pub struct Pool {
 pub struct CostRow {
     /// Tensor parallel degree.
     pub tensor_parallel: u32,
-    /// Samples a micro-batch.
+    /// Devices among which routed experts are divided, where these are more than the tensor-parallel
+    /// group; else 1.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub expert_parallel: u32,
+    /// Samples that each tensor-parallel group takes of a micro-batch.
     pub micro_batch: u32,
     /// Forward of a layer, by class.
     pub forward_s: Vec<f64>,
@@ -216,6 +226,15 @@ pub enum Schedule {
     ZeroBubble,
 }
 
+const fn one() -> u32 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde hands out a reference")]
+const fn is_one(value: &u32) -> bool {
+    *value == 1
+}
+
 /// An answer: pipelines and how many of each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -242,8 +261,7 @@ pub struct Template {
     pub stages: Vec<Stage>,
 }
 
-/// A contiguous range of layers on `replicas` groups of `tensor_parallel` devices of one pool; a
-/// group lies in one node.
+/// A contiguous range of layers on `replicas` groups of devices of one pool; a group lies in one node.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
@@ -253,8 +271,13 @@ pub struct Stage {
     pub end_layer: u32,
     /// Index into [`Instance::pools`].
     pub pool: usize,
-    /// Devices of a group.
+    /// Devices of a tensor-parallel group.
     pub tensor_parallel: u32,
+    /// Devices of one node among which the routed experts of each layer are divided: several
+    /// tensor-parallel groups, which divide each micro-batch among them and exchange tokens. 1: experts
+    /// stay in the tensor-parallel group, each whole on one of its ranks.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub expert_parallel: u32,
     /// Groups that divide each micro-batch among them; it must be divisible.
     pub replicas: u32,
     /// Whether backward computes activations again.
@@ -289,9 +312,36 @@ impl Pool {
         u64::from(self.nodes) * u64::from(self.devices_per_node)
     }
 
-    /// The cost of a group of that degree with micro-batches of that size.
+    /// The cost of a group of that degree with micro-batches of that size, experts inside of it.
     pub fn cost(&self, tensor_parallel: u32, micro_batch: u32) -> Option<&CostRow> {
-        self.costs.iter().find(|row| row.tensor_parallel == tensor_parallel && row.micro_batch == micro_batch)
+        self.cost_with_experts(tensor_parallel, 1, micro_batch)
+    }
+
+    /// The same with experts divided among `expert_parallel` devices.
+    pub fn cost_with_experts(
+        &self,
+        tensor_parallel: u32,
+        expert_parallel: u32,
+        micro_batch: u32,
+    ) -> Option<&CostRow> {
+        self.costs.iter().find(|row| {
+            row.tensor_parallel == tensor_parallel
+                && row.expert_parallel == expert_parallel
+                && row.micro_batch == micro_batch
+        })
+    }
+}
+
+impl CostRow {
+    /// Tensor parallel degree, and the devices of a group, over which experts may be divided.
+    pub(crate) fn shape(&self) -> (u32, u32) {
+        (self.tensor_parallel, self.tensor_parallel.max(self.expert_parallel))
+    }
+
+    /// Samples of a micro-batch of the whole group.
+    pub(crate) fn samples(&self) -> u32 {
+        let (tensor_parallel, group) = self.shape();
+        self.micro_batch.saturating_mul(group / tensor_parallel.max(1))
     }
 }
 
@@ -367,7 +417,18 @@ impl Template {
 impl Stage {
     /// Devices of one instance of the stage.
     pub fn num_devices(&self) -> u64 {
-        u64::from(self.tensor_parallel) * u64::from(self.replicas)
+        u64::from(self.group_devices()) * u64::from(self.replicas)
+    }
+
+    /// Devices of a group that lies in one node: a tensor-parallel group, or all among which experts are
+    /// divided.
+    pub fn group_devices(&self) -> u32 {
+        self.tensor_parallel.max(self.expert_parallel)
+    }
+
+    /// Tensor-parallel groups of such a group.
+    pub fn parts(&self) -> u32 {
+        self.group_devices() / self.tensor_parallel.max(1)
     }
 
     /// Its layers.

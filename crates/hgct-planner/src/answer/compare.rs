@@ -104,7 +104,11 @@ fn template_words(answer: &Answer) -> Vec<String> {
         let Some(stage) = stages.first() else { return String::new() };
         let again = if stage.recompute { " recompute" } else { "" };
         let (num, kind) = (stage.num_devices(), &pools[stage.pool].kind);
-        format!("{} on {num} {kind}{again}{}", layers_of(stages), times(stages.len()))
+        let split = match (stage.tensor_parallel, stage.expert_parallel) {
+            (_, 1) => String::new(),
+            (tensor, experts) => format!(" (TP {tensor}, experts {experts})"),
+        };
+        format!("{} on {num} {kind}{split}{again}{}", layers_of(stages), times(stages.len()))
     };
     let template = |of: &Template| {
         let parts: Vec<String> =

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::text::gib;
-use crate::instance::Instance;
+use crate::instance::{CostRow, Held, Instance};
 
 /// What is missing.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,9 +78,15 @@ fn too_large(
         // The place where the least is missing.
         let mut best: Option<(f64, f64)> = None;
         for pool in &instance.pools {
-            for (at, degree) in instance.degrees.iter().enumerate() {
-                if *degree <= pool.devices_per_node {
-                    let (needs, has) = (least(class, at), pool.memory_bytes - pool.overhead_bytes[at]);
+            let own =
+                pool.costs.iter().map(CostRow::shape).filter(|(_, group)| *group <= pool.devices_per_node);
+            for (degree, group) in own {
+                if let Some(at) = instance.degree_index(degree) {
+                    let parts = group / degree.max(1);
+                    // Of divided experts a device holds less.
+                    let held = Held::new(instance, class, at, parts);
+                    let less = instance.classes[class].memory[at].state_bytes - held.state_bytes;
+                    let (needs, has) = (least(class, at) - less, pool.memory_bytes - pool.overhead_bytes[at]);
                     if best.is_none_or(|(n, h)| needs - has < n - h) {
                         best = Some((needs, has));
                     }

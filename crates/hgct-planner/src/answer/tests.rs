@@ -16,6 +16,7 @@ fn instance() -> Instance {
         gradient_bytes: size * GIB,
         parameter_bytes: size * GIB,
         output_bytes: 1e6,
+        experts: None,
         memory: [1.0, 2.0]
             .map(|degree| LayerMemory {
                 state_bytes: 2.0 * size * GIB / degree,
@@ -31,6 +32,7 @@ fn instance() -> Instance {
             let by = slow * f64::from(micro_batch) / f64::from(tensor_parallel);
             CostRow {
                 tensor_parallel,
+                expert_parallel: 1,
                 micro_batch,
                 forward_s: vec![0.1 * by, by, 0.5 * by],
                 backward_s: vec![0.1 * by, 2.0 * by, by],
@@ -62,7 +64,7 @@ fn instance() -> Instance {
 }
 
 fn stage(first_layer: u32, end_layer: u32, pool: usize, recompute: bool) -> Stage {
-    Stage { first_layer, end_layer, pool, tensor_parallel: 2, replicas: 1, recompute }
+    Stage { first_layer, end_layer, pool, tensor_parallel: 2, expert_parallel: 1, replicas: 1, recompute }
 }
 
 fn answer() -> Answer {

@@ -43,9 +43,14 @@ fn order(row: &StageRow) -> String {
 fn row_of(run: &[StageRow], layers: String) -> Vec<String> {
     let Some(row) = run.first() else { return Vec::new() };
     let first = row.stage == 0;
+    let experts = if row.expert_parallel > row.tensor_parallel {
+        format!(", experts {}", row.expert_parallel)
+    } else {
+        String::new()
+    };
     let each = match row.replicas {
-        1 => row.tensor_parallel.to_string(),
-        replicas => format!("{replicas} × {}", row.tensor_parallel),
+        1 => format!("{}{experts}", row.tensor_parallel),
+        replicas => format!("{replicas} × {}{experts}", row.tensor_parallel),
     };
     let ends = |of: fn(&StageRow) -> f64| {
         run.iter().map(of).fold((f64::INFINITY, 0.0f64), |(low, high), of| (low.min(of), high.max(of)))

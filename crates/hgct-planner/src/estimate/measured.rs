@@ -190,6 +190,7 @@ impl<'a> Measured<'a> {
         };
         Some(CostRow {
             tensor_parallel: 1,
+            expert_parallel: 1,
             micro_batch,
             forward_s: classes.iter().map(|class| seconds(class.kind, false)).collect::<Option<_>>()?,
             backward_s: classes.iter().map(|class| seconds(class.kind, true)).collect::<Option<_>>()?,

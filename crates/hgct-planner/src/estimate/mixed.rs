@@ -20,6 +20,7 @@ pub fn mixed(instance: &Instance, a: usize, b: usize) -> Option<Instance> {
     let costs: Vec<CostRow> = of_a
         .costs
         .iter()
+        .filter(|row| row.expert_parallel == 1)
         .filter(|row| row.tensor_parallel.is_multiple_of(2) && row.tensor_parallel <= 2 * half)
         .filter_map(|row| together(instance, (a, b), row, of_b.cost(row.tensor_parallel, row.micro_batch)?))
         .collect();
@@ -71,6 +72,7 @@ fn together(instance: &Instance, (a, b): (usize, usize), of_a: &CostRow, of_b: &
     let all = |x: &[f64], y: &[f64]| slower(x, y).iter().zip(&between).map(|(x, y)| x + y).collect();
     Some(CostRow {
         tensor_parallel: of_a.tensor_parallel,
+        expert_parallel: 1,
         micro_batch: of_a.micro_batch,
         forward_s: all(&of_a.forward_s, &of_b.forward_s),
         backward_s: all(&of_a.backward_s, &of_b.backward_s),

@@ -78,24 +78,28 @@ impl Device {
         })
     }
 
-    /// Forward and backward of one layer, one micro-batch, on `tensor_parallel` such cards.
+    /// Forward and backward of one layer, one micro-batch, on `tensor_parallel` such cards; experts are
+    /// divided among these, or among `expert_parallel` if that is more: several groups, each with a
+    /// micro-batch of that size.
     pub fn layer(
         &self,
         class: &LayerClass,
         workload: &Workload<'_>,
         tensor_parallel: u32,
+        expert_parallel: u32,
         micro_batch: u32,
     ) -> (f64, f64) {
         let t = f64::from(tensor_parallel);
+        let holders = f64::from(tensor_parallel.max(expert_parallel));
         let element = workload.precision.compute.size_bytes() as f64;
         let hidden = f64::from(workload.architecture.hidden_size);
         let tokens = f64::from(workload.seq_len) * f64::from(micro_batch);
         let dense = self.product(tokens, class.multiplied_weights as f64 / t, hidden / t, element);
         let experts = class.experts.map_or(0.0, |experts| {
-            // Each expert of a rank meets its part of the tokens of the whole group.
-            let routed = tokens * f64::from(experts.per_token) / f64::from(experts.count);
+            // Each expert of a rank meets its part of the tokens of all groups that share the experts.
+            let routed = tokens * holders / t * f64::from(experts.per_token) / f64::from(experts.count);
             let each = self.product(routed, experts.parameters_each as f64, hidden, element);
-            each * (f64::from(experts.count) / t).max(1.0)
+            each * (f64::from(experts.count) / holders).max(1.0)
         });
         let attention = f64::from(micro_batch) * class.attention_flops(workload.seq_len)
             / t
@@ -105,7 +109,7 @@ impl Device {
             + (class.saved_divided as f64 * element + class.saved_f32 as f64 * 4.0) / t;
         let looked_up = if class.kind == LayerKind::Embedding { 2.0 * hidden * element } else { 0.0 };
         let between = tokens * (2.0 * kept + looked_up) / self.memory_bytes_per_s;
-        let collectives = self.collectives(class, tokens * hidden * element, tensor_parallel);
+        let collectives = self.collectives(class, tokens * hidden * element, (tensor_parallel, holders));
         let forward = dense + experts + attention + between + collectives + LAUNCH_S;
         // Two products for each of forward's; fused attention computes its scores once more.
         let backward =
@@ -131,16 +135,15 @@ impl Device {
     }
 
     /// All-reduces behind attention and MLP, or, before and behind experts, all-to-alls of a rank's
-    /// part of the tokens; one all-reduce in embedding and head.
-    fn collectives(&self, class: &LayerClass, bytes: f64, tensor_parallel: u32) -> f64 {
-        if tensor_parallel < 2 {
-            return 0.0;
-        }
+    /// part of the tokens among the `holders` of the experts, a copy of a token for each expert that it
+    /// goes to (Lepikhin et al. 2020, arXiv 2006.16668, section 3.2); one all-reduce in embedding and
+    /// head.
+    fn collectives(&self, class: &LayerClass, bytes: f64, (tensor_parallel, holders): (u32, f64)) -> f64 {
         let t = f64::from(tensor_parallel);
         let ring =
             2.0 * (t - 1.0) / t * bytes / self.link_bytes_per_s + 2.0 * (t - 1.0) * self.link_latency_s;
-        let routed = class.experts.map(|experts| {
-            let sent = bytes / t * f64::from(experts.per_token) * (t - 1.0) / t;
+        let routed = class.experts.filter(|_| holders > 1.0).map(|experts| {
+            let sent = bytes / t * f64::from(experts.per_token) * (holders - 1.0) / holders;
             2.0 * (sent / self.link_bytes_per_s + self.link_latency_s)
         });
         match class.kind {

@@ -139,6 +139,29 @@ fn links_grow_with_the_devices_that_use_them_until_the_ports_are_full() {
 }
 
 #[test]
+fn experts_are_divided_beyond_a_tensor_parallel_group() {
+    let instance = instance(MIXTRAL, 4096, DType::Bf16, Case::Expected);
+    let pool = &instance.pools[0];
+    let shapes = |t: u32| -> Vec<u32> {
+        let mut of: Vec<u32> =
+            pool.costs.iter().filter(|r| r.tensor_parallel == t).map(|r| r.expert_parallel).collect();
+        of.dedup();
+        of
+    };
+    assert_eq!([shapes(1), shapes(4), shapes(8)], [vec![1, 2, 4, 8], vec![1, 8], vec![1]]);
+    let block = |t, e| pool.cost_with_experts(t, e, 1).map(|row| row.forward_s[1]).unwrap();
+    // Eight devices with a sample each, against one whose experts all pass through its memory.
+    assert!(block(1, 8) < block(1, 1));
+    // And against tensor parallelism, which divides one sample and adds its all-reduces.
+    assert!(8.0 * block(8, 1) > block(1, 8), "{} {}", block(8, 1), block(1, 8));
+    let experts = instance.classes[1].experts.unwrap();
+    let held = experts.state_bytes / instance.classes[1].memory[0].state_bytes;
+    assert!((0.9..1.0).contains(&held), "{held} of a block of Mixtral are experts");
+    let dense = super::tests::instance(GPT_175B, 2048, DType::Bf16, Case::Expected);
+    assert!(dense.pools[0].costs.iter().all(|row| row.expert_parallel == 1));
+}
+
+#[test]
 fn a_dtype_without_a_rate_says_which_there_are() {
     let text = CLUSTER.replace("a100-80", "v100-16");
     let (topology, catalogue) = (Topology::from_toml("cluster.toml", &text).unwrap(), catalogue());
@@ -158,8 +181,15 @@ fn a_dtype_without_a_rate_says_which_there_are() {
 #[test]
 fn a_layout_is_priced_with_its_interval() {
     use crate::instance::{Layout, Schedule, Stage, Template};
-    let stage =
-        Stage { first_layer: 0, end_layer: 34, pool: 0, tensor_parallel: 8, replicas: 1, recompute: false };
+    let stage = Stage {
+        first_layer: 0,
+        end_layer: 34,
+        pool: 0,
+        tensor_parallel: 8,
+        expert_parallel: 1,
+        replicas: 1,
+        recompute: false,
+    };
     let layout = Layout {
         templates: vec![Template {
             count: 8,

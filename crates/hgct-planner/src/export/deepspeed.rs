@@ -4,13 +4,14 @@
 
 use serde_json::{Value, json};
 
-use super::{Exported, File, Target, Uniform, refuse, share, uniform};
+use super::{Exported, File, Target, Uniform, no_experts, refuse, share, uniform};
 use crate::Result;
 use crate::instance::Schedule;
 
 const TARGET: Target = Target::DeepSpeed;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
+    no_experts(TARGET, plan)?;
     let pipeline = plan.one_shape(TARGET)?;
     let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     if pipeline.schedule != Schedule::OneForwardOneBackward {

@@ -37,6 +37,16 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
             ),
         ));
     }
+    if let Some(stage) = pipeline.stages.iter().find(|s| s.expert_parallel > 1 && s.tensor_parallel > 1) {
+        return Err(refuse(
+            TARGET,
+            format!(
+                "its meshes divide experts among data-parallel ranks alone, and the plan among {} ranks of tensor \
+                 parallel groups of {}",
+                stage.expert_parallel, stage.tensor_parallel
+            ),
+        ));
+    }
     let replicas_of_all = plan.num_pipelines() * replicas;
     let mut meshes: Vec<([u32; 5], &str)> = Vec::new();
     let mut split = Vec::new();
@@ -47,8 +57,16 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
         }
         split.push(blocks.to_string());
         match meshes.last_mut() {
-            Some((mesh, kind)) if *kind == stage.kind && mesh[0] == stage.tensor_parallel => mesh[4] += 1,
-            _ => meshes.push(([stage.tensor_parallel, 1, 1, replicas_of_all, 1], &stage.kind)),
+            Some((mesh, kind))
+                if *kind == stage.kind
+                    && (mesh[0], mesh[2]) == (stage.tensor_parallel, stage.expert_parallel) =>
+            {
+                mesh[4] += 1;
+            }
+            _ => {
+                let mesh = [stage.tensor_parallel, 1, stage.expert_parallel, replicas_of_all, 1];
+                meshes.push((mesh, &stage.kind));
+            }
         }
     }
     let numbers: Vec<String> =

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use super::arguments::Arguments;
-use super::{Exported, ExportedPipeline, File, Target, Uniform, places, share, uniform, virtual_stages};
+use super::{Exported, ExportedPipeline, File, Target, Uniform, one, places, share, uniform, virtual_stages};
 use crate::Result;
 
 const TARGET: Target = Target::Megatron;
@@ -14,6 +14,7 @@ const TARGET: Target = Target::Megatron;
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     let pipeline = plan.one_shape(TARGET)?;
     let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
+    let experts = one(TARGET, "expert parallel degree", pipeline, |stage| stage.expert_parallel)?;
     let mut text = String::from(
         "# Ranks are handed out tensor parallel group by group, then replica by replica, then stage by stage.\n",
     );
@@ -23,6 +24,14 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     arguments.add("pipeline-model-parallel-size", &pipeline.stages.len().to_string());
     if pipeline.stages.len() > 1 {
         arguments.add("pipeline-model-parallel-layout", &format!("\"{}\"", layout(plan, pipeline)?));
+    }
+    if experts > 1 {
+        // Each expert whole on one rank; by itself Megatron divides each as it divides the rest.
+        arguments.add("expert-model-parallel-size", &experts.to_string());
+        arguments.add("expert-tensor-parallel-size", "1");
+        if degree > 1 {
+            arguments.add("sequence-parallel", "");
+        }
     }
     arguments.add("num-layers", &plan.blocks.to_string());
     arguments.add("seq-length", &plan.seq_len.to_string());

@@ -110,6 +110,8 @@ pub struct ExportedStage {
     pub kind: String,
     /// Devices that divide a layer.
     pub tensor_parallel: u32,
+    /// Devices that routed experts are divided among, each expert whole; 1 where there are none.
+    pub expert_parallel: u32,
     /// Groups that divide a micro-batch.
     pub replicas: u32,
     /// Whether backward computes activations again.
@@ -143,6 +145,7 @@ pub fn export(plan: &Exported, target: Target) -> Result<Vec<File>> {
 impl Exported {
     /// From a layout over a problem's pools.
     pub fn of_layout(instance: &Instance, layout: &Layout) -> Self {
+        let routed = instance.classes.iter().any(|class| class.experts.is_some());
         let pipelines = layout.templates.iter().map(|template| ExportedPipeline {
             count: template.count,
             micro_batch: template.micro_batch,
@@ -156,7 +159,8 @@ impl Exported {
                     layers: stage.first_layer..stage.end_layer,
                     kind: instance.pools.get(stage.pool).map_or_else(String::new, |pool| pool.kind.clone()),
                     tensor_parallel: stage.tensor_parallel,
-                    replicas: stage.replicas,
+                    expert_parallel: if routed { stage.group_devices() } else { 1 },
+                    replicas: stage.replicas * stage.parts(),
                     recompute: stage.recompute,
                 })
                 .collect(),
@@ -192,6 +196,7 @@ impl Exported {
                     layers: stage.layers(),
                     kind: plan.ranks[stage.rank().index()].kind.to_string(),
                     tensor_parallel: stage.ranks.len() as u32,
+                    expert_parallel: 1,
                     replicas: 1,
                     recompute: stage.recompute,
                 }
@@ -241,8 +246,8 @@ impl Exported {
 
     /// That all pipelines are cut alike, with the same degrees, replicas and recompute.
     fn one_cut(&self, target: Target) -> Result<()> {
-        let shape = |pipeline: &ExportedPipeline| -> Vec<(Range<u32>, u32, u32, bool)> {
-            let of = |s: &ExportedStage| (s.layers.clone(), s.tensor_parallel, s.replicas, s.recompute);
+        let shape = |pipeline: &ExportedPipeline| -> Vec<ExportedStage> {
+            let of = |s: &ExportedStage| ExportedStage { kind: String::new(), ..s.clone() };
             pipeline.stages.iter().map(of).collect()
         };
         let first = shape(&self.pipelines[0]);
@@ -310,9 +315,13 @@ fn cuts(pipeline: &ExportedPipeline) -> String {
         .iter()
         .map(|stage| {
             let replicas = if stage.replicas > 1 { format!(" × {}", stage.replicas) } else { String::new() };
+            let experts = match stage.expert_parallel {
+                1 => String::new(),
+                experts => format!(" ep {experts}"),
+            };
             let recompute = if stage.recompute { " recompute" } else { "" };
             format!(
-                "{}–{} tp {}{replicas}{recompute}",
+                "{}–{} tp {}{experts}{replicas}{recompute}",
                 stage.layers.start,
                 stage.layers.end.saturating_sub(1),
                 stage.tensor_parallel
@@ -348,6 +357,21 @@ struct Uniform {
     degree: u32,
     replicas: u32,
     recompute: bool,
+}
+
+/// That no stage divides experts, for a target that has no word for it which says the same.
+fn no_experts(target: Target, plan: &Exported) -> Result<()> {
+    let mut stages = plan.pipelines.iter().flat_map(|pipeline| &pipeline.stages);
+    match stages.find(|stage| stage.expert_parallel > 1) {
+        Some(stage) => Err(refuse(
+            target,
+            format!(
+                "it has no word for routed experts that are divided, each whole, among {} devices",
+                stage.expert_parallel
+            ),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The one degree, number of replicas and answer to recompute of all stages.

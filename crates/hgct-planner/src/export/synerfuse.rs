@@ -3,13 +3,14 @@
 //! for runs of replicas, `n₀ size₀ n₁ size₁ …`, and sum to the global batch.
 
 use super::arguments::Arguments;
-use super::{Exported, ExportedPipeline, File, Target, Uniform, places, refuse, share, uniform};
+use super::{Exported, ExportedPipeline, File, Target, Uniform, no_experts, places, refuse, share, uniform};
 use crate::Result;
 use crate::instance::Schedule;
 
 const TARGET: Target = Target::SynerFuse;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
+    no_experts(TARGET, plan)?;
     plan.one_cut(TARGET)?;
     let pipeline = &plan.pipelines[0];
     if plan.pipelines.iter().any(|pipeline| pipeline.schedule != Schedule::OneForwardOneBackward) {

@@ -15,6 +15,7 @@ fn pipeline(
         layers: *first..*end,
         kind: (*kind).into(),
         tensor_parallel: 4,
+        expert_parallel: 1,
         replicas: 1,
         recompute: false,
     };
@@ -192,6 +193,32 @@ fn flagscale_gets_a_mesh_a_kind() {
     no_block.pipelines[0].stages[0].layers = 0..1;
     no_block.pipelines[0].stages[1].layers = 1..17;
     assert!(refusal(&no_block, Target::FlagScale).contains("stage 0 has no decoder block"));
+}
+
+#[test]
+fn divided_experts_are_said_where_there_is_a_word() {
+    let mut divided = plan(vec![pipeline(2, 8, 16, &[(0, 8, "A"), (8, 17, "A"), (17, 26, "A")])]);
+    for stage in &mut divided.pipelines[0].stages {
+        (stage.tensor_parallel, stage.expert_parallel, stage.replicas) = (2, 8, 4);
+    }
+    let found = arguments(&text(&divided, Target::Megatron));
+    let value = |name: &str| numbers(&found[name])[0];
+    assert_eq!(value("expert-model-parallel-size"), 8);
+    assert_eq!((value("expert-tensor-parallel-size"), value("tensor-model-parallel-size")), (1, 2));
+    assert!(found.contains_key("sequence-parallel"));
+    // Megatron's own rule: the group of the experts divides all ranks of a stage.
+    assert_eq!((value("tensor-model-parallel-size") * 4 * 2) % value("expert-model-parallel-size"), 0);
+    assert_eq!(value("micro-batch-size"), 2);
+    for target in [Target::SynerFuse, Target::Torchtitan, Target::DeepSpeed] {
+        assert!(refusal(&divided, target).contains("divided, each whole, among 8 devices"));
+    }
+    assert!(refusal(&divided, Target::FlagScale).contains("tensor parallel groups of 2"));
+    for stage in &mut divided.pipelines[0].stages {
+        (stage.tensor_parallel, stage.replicas) = (1, 8);
+    }
+    assert!(text(&divided, Target::FlagScale).contains("hetero_process_meshes: [1, 1, 8, 16, 3]"));
+    divided.pipelines[0].stages[1].expert_parallel = 4;
+    assert!(refusal(&divided, Target::Megatron).contains("one expert parallel degree"));
 }
 
 #[test]

@@ -6,13 +6,16 @@ use std::fmt::Write as _;
 
 use hgct_core::schedule::{Operation, one_forward_one_backward};
 
-use super::{Exported, ExportedPipeline, File, Target, Uniform, places, share, uniform, virtual_stages};
+use super::{
+    Exported, ExportedPipeline, File, Target, Uniform, no_experts, places, share, uniform, virtual_stages,
+};
 use crate::Result;
 use crate::instance::Schedule;
 
 const TARGET: Target = Target::Torchtitan;
 
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
+    no_experts(TARGET, plan)?;
     let pipeline = plan.one_shape(TARGET)?;
     let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
     let stages = virtual_stages(TARGET, pipeline)?;

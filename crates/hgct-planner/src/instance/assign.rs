@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Instance, Layout};
 
-/// A tensor-parallel group with its devices, all of one node.
+/// A group of devices of one node: a tensor-parallel group, or several that divide experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Group {
@@ -44,7 +44,7 @@ pub fn assign(instance: &Instance, layout: &Layout) -> Option<Vec<Group>> {
                         pool,
                         node: 0,
                         first_device: 0,
-                        devices: stage.tensor_parallel,
+                        devices: stage.group_devices(),
                     }));
                 }
             }

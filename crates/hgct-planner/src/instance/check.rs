@@ -1,11 +1,11 @@
 //! What is wrong with an instance or a layout, independent of the search.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
 
-use super::{Curve, Group, Instance, Layout, Link, Schedule, Stage, Template, assign, price};
+use super::{Curve, Exchange, Group, Instance, Layout, Link, Schedule, Stage, Template, assign, price};
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -56,6 +56,17 @@ pub fn check_instance(instance: &Instance) -> Vec<Fault> {
         if let Some(bad) = memory.chain(own).find(|x| !number(*x)) {
             say(&place, format!("a size of {bad} bytes"));
         }
+        if let (Some(of), Some(whole)) = (&class.experts, class.memory.first()) {
+            let pairs = [
+                (of.gradient_bytes, class.gradient_bytes),
+                (of.parameter_bytes, class.parameter_bytes),
+                (of.state_bytes, whole.state_bytes),
+                (of.optimizer_bytes, whole.optimizer_bytes),
+            ];
+            if pairs.iter().any(|(part, whole)| !number(*part) || part > whole) {
+                say(&place, "experts of more bytes than their layer".into());
+            }
+        }
     }
     for pool in &instance.pools {
         let place = format!("pool {}", pool.kind);
@@ -85,6 +96,11 @@ pub fn check_instance(instance: &Instance) -> Vec<Fault> {
             {
                 say(&place, format!("no degree of a node of {}", pool.devices_per_node));
             }
+            if !divides_experts(row.tensor_parallel, row.expert_parallel, pool.devices_per_node) {
+                let message =
+                    format!("experts on {} of {} devices", row.expert_parallel, pool.devices_per_node);
+                say(&place, message);
+            }
         }
     }
     let num = instance.pools.len();
@@ -101,6 +117,15 @@ pub fn check_instance(instance: &Instance) -> Vec<Fault> {
         say("rules", "an overlap outside of 0 to 1, or no replica at all".into());
     }
     faults
+}
+
+/// Whether experts can be divided so: not beyond the tensor-parallel group, or among several of them in
+/// one node.
+fn divides_experts(tensor_parallel: u32, expert_parallel: u32, devices_per_node: u32) -> bool {
+    let several = expert_parallel > tensor_parallel
+        && expert_parallel <= devices_per_node
+        && expert_parallel.is_multiple_of(tensor_parallel.max(1));
+    expert_parallel == 1 || several
 }
 
 /// A link must have a row, and a positive speed at any size.
@@ -213,19 +238,33 @@ fn of_stage(instance: &Instance, template: &Template, stage: &Stage) -> Option<S
     if stage.replicas == 0 || stage.replicas > instance.rules.max_replicas {
         return Some(format!("{} replicas", stage.replicas));
     }
-    if !template.micro_batch.is_multiple_of(stage.replicas) {
-        return Some(format!("{} samples for {} replicas", template.micro_batch, stage.replicas));
+    if !divides_experts(stage.tensor_parallel, stage.expert_parallel, pool.devices_per_node) {
+        let (e, t) = (stage.expert_parallel, stage.tensor_parallel);
+        return Some(format!("experts on {e} devices, which groups of {t} in one node do not make up"));
+    }
+    if stage.expert_parallel > 1 && !matches!(instance.rules.exchange, Exchange::Hierarchical) {
+        return Some("expert parallelism, whose exchange is priced as the hierarchical one only".into());
+    }
+    let groups = stage.replicas * stage.parts();
+    if !template.micro_batch.is_multiple_of(groups) {
+        return Some(format!("{} samples for {groups} groups that divide them", template.micro_batch));
     }
     if stage.recompute && !instance.rules.recompute {
         return Some("recompute, which the rules do not allow".into());
     }
-    let micro_batch = template.micro_batch / stage.replicas;
+    let micro_batch = template.micro_batch / groups;
     if instance.degree_index(stage.tensor_parallel).is_none()
-        || pool.cost(stage.tensor_parallel, micro_batch).is_none()
+        || pool.cost_with_experts(stage.tensor_parallel, stage.expert_parallel, micro_batch).is_none()
     {
         return Some(format!(
-            "the cost of {} at tensor parallel {}, micro-batch {micro_batch} is not known",
-            pool.kind, stage.tensor_parallel
+            "the cost of {} at tensor parallel {}, micro-batch {micro_batch}{} is not known",
+            pool.kind,
+            stage.tensor_parallel,
+            if stage.expert_parallel > 1 {
+                format!(", experts on {}", stage.expert_parallel)
+            } else {
+                String::new()
+            }
         ));
     }
     None
@@ -259,19 +298,19 @@ pub fn check_groups(instance: &Instance, layout: &Layout, groups: &[Group]) -> O
 /// each degree divides the next.
 fn devices(instance: &Instance, layout: &Layout, faults: &mut Vec<Fault>) {
     for (index, pool) in instance.pools.iter().enumerate() {
-        let mut groups = vec![0u64; instance.degrees.len()];
+        let mut groups: BTreeMap<u32, u64> = BTreeMap::new();
         for (template, stage) in layout
             .templates
             .iter()
             .flat_map(|t| t.stages.iter().map(move |s| (t, s)))
             .filter(|(_, s)| s.pool == index)
         {
-            if let Some(degree) = instance.degree_index(stage.tensor_parallel) {
-                groups[degree] += u64::from(template.count) * u64::from(stage.replicas);
-            }
+            *groups.entry(stage.group_devices()).or_default() +=
+                u64::from(template.count) * u64::from(stage.replicas);
         }
-        if !fits(&instance.degrees, &groups, pool.nodes, pool.devices_per_node) {
-            let used: u64 = groups.iter().zip(&instance.degrees).map(|(n, d)| n * u64::from(*d)).sum();
+        let (sizes, num): (Vec<u32>, Vec<u64>) = groups.into_iter().unzip();
+        if !fits(&sizes, &num, pool.nodes, pool.devices_per_node) {
+            let used: u64 = num.iter().zip(&sizes).map(|(n, d)| n * u64::from(*d)).sum();
             let message = format!(
                 "groups of {used} devices do not fit into {} nodes of {}",
                 pool.nodes, pool.devices_per_node
@@ -281,7 +320,7 @@ fn devices(instance: &Instance, layout: &Layout, faults: &mut Vec<Fault>) {
     }
 }
 
-/// Whether groups (how many by degree) fit into nodes.
+/// Whether groups (how many of each size, ascending) fit into nodes.
 pub(crate) fn fits(degrees: &[u32], groups: &[u64], nodes: u32, devices_per_node: u32) -> bool {
     // Nodes by how many devices are free, few distinct values however many nodes.
     let mut free = vec![0u64; devices_per_node as usize + 1];

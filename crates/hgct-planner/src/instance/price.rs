@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::schedule::Work;
-use super::{Exchange, Instance, Layout, Stage, Template, Transfer, Update};
+use super::{Exchange, Held, Instance, Layout, Stage, Template, Transfer, Update};
 
 /// What a layout costs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,24 +99,31 @@ struct Pricer<'a> {
     layout: &'a Layout,
     /// Class of every layer.
     classes: Vec<usize>,
-    /// Stage instances that hold each layer; all pipelines hold all layers, but stages may have
-    /// several replicas.
+    /// Copies of each layer; all pipelines hold all layers, but stages may have several replicas, and
+    /// several tensor-parallel groups each.
     owners: Vec<f64>,
+    /// Copies of each layer's routed experts.
+    expert_owners: Vec<f64>,
 }
 
 impl<'a> Pricer<'a> {
     fn new(instance: &'a Instance, layout: &'a Layout) -> Self {
         let classes = instance.layer_classes();
         let mut owners = vec![0.0; classes.len()];
+        let mut expert_owners = owners.clone();
         for template in &layout.templates {
             for stage in &template.stages {
                 let num = f64::from(template.count) * f64::from(stage.replicas);
+                let parts = f64::from(stage.parts());
                 for of_layer in layers_of(&mut owners, stage) {
+                    *of_layer += num * parts;
+                }
+                for of_layer in layers_of(&mut expert_owners, stage) {
                     *of_layer += num;
                 }
             }
         }
-        Self { instance, layout, classes, owners }
+        Self { instance, layout, classes, owners, expert_owners }
     }
 
     fn template(&self, template: &Template) -> PricedTemplate {
@@ -154,23 +161,29 @@ impl<'a> Pricer<'a> {
         let stage = &template.stages[at];
         let instance = self.instance;
         let pool = &instance.pools[stage.pool];
-        let micro_batch = template.micro_batch / stage.replicas.max(1);
-        let (Some(cost), Some(degree)) =
-            (pool.cost(stage.tensor_parallel, micro_batch), instance.degree_index(stage.tensor_parallel))
-        else {
+        let micro_batch = template.micro_batch / (stage.replicas * stage.parts()).max(1);
+        let cost = pool.cost_with_experts(stage.tensor_parallel, stage.expert_parallel, micro_batch);
+        let (Some(cost), Some(degree)) = (cost, instance.degree_index(stage.tensor_parallel)) else {
             return UNKNOWN;
         };
         let in_flight = template.schedule.in_flight(template.stages.len(), at);
         let samples = f64::from(micro_batch);
+        let overhead = instance.overhead_bytes(stage.pool, stage.group_devices());
         let (mut forward_s, mut backward_s, mut update_s) = (0.0, 0.0, 0.0);
         let (mut held, mut kept, mut working) = (0.0, 0.0, 0.0f64);
         let layers = stage.first_layer as usize..stage.end_layer as usize;
-        for (class, owners) in self.classes[layers.clone()].iter().zip(&self.owners[layers.clone()]) {
+        for layer in layers.clone() {
+            let class = &self.classes[layer];
             let memory = &instance.classes[*class].memory[degree];
-            let shards = if self.layout.shard_optimizer { *owners } else { 1.0 };
+            let of = Held::new(instance, *class, degree, stage.parts());
+            let (shards, expert_shards) = if self.layout.shard_optimizer {
+                (self.owners[layer], self.expert_owners[layer])
+            } else {
+                (1.0, 1.0)
+            };
             forward_s += cost.forward_s[*class];
             backward_s += cost.backward_s[*class];
-            held += memory.state_bytes + memory.optimizer_bytes / shards;
+            held += of.bytes(shards, expert_shards);
             if stage.recompute {
                 backward_s += cost.forward_s[*class];
                 kept += memory.recompute_bytes;
@@ -180,7 +193,7 @@ impl<'a> Pricer<'a> {
             }
             update_s += match instance.rules.update {
                 Update::FirstLayer => 0.0,
-                Update::AllLayers => cost.update_s[*class] / shards,
+                Update::AllLayers => of.update_s(cost.update_s[*class], memory, shards, expert_shards),
             };
         }
         if instance.rules.update == Update::FirstLayer {
@@ -194,7 +207,7 @@ impl<'a> Pricer<'a> {
             exchange_s: 0.0,
             exposed_s: 0.0,
             busy: 0.0,
-            memory_bytes: held + samples * (in_flight * kept + working) + pool.overhead_bytes[degree],
+            memory_bytes: held + samples * (in_flight * kept + working) + overhead,
             in_flight,
         }
     }
@@ -258,38 +271,57 @@ impl<'a> Pricer<'a> {
 
     /// Exchange of consecutive layers with the same holders.
     fn group_s(&self, layers: std::ops::Range<usize>) -> f64 {
-        let holders = self.holders(layers.start as u32);
+        let first = layers.start as u32;
+        let (mut dense, mut routed) = ((0.0, 0.0), (0.0, 0.0));
+        for class in self.classes[layers].iter().map(|class| &self.instance.classes[*class]) {
+            dense = (dense.0 + class.gradient_bytes, dense.1 + class.parameter_bytes);
+            if let Some(of) = &class.experts {
+                routed = (routed.0 + of.gradient_bytes, routed.1 + of.parameter_bytes);
+            }
+        }
+        let holders = self.holders(first, false);
+        let apart = holders.iter().any(|of| of.parts > 1);
+        if !apart {
+            return self.shared_s(&holders, dense);
+        }
+        // What is dense has more copies than the experts: one after the other over the same links.
+        let dense = (dense.0 - routed.0, dense.1 - routed.1);
+        self.shared_s(&holders, dense) + self.shared_s(&self.holders(first, true), routed)
+    }
+
+    /// Exchange of so many bytes of gradients and of parameters among holders.
+    fn shared_s(&self, holders: &[Holders], (gradient, parameter): (f64, f64)) -> f64 {
         let total: f64 = holders.iter().map(|h| h.groups).sum();
-        if total < 1.5 {
+        if total < 1.5 || gradient <= 0.0 {
             return 0.0;
         }
-        let classes = self.classes[layers].iter().map(|class| &self.instance.classes[*class]);
-        let (gradient, parameter) =
-            classes.fold((0.0, 0.0), |(g, p), class| (g + class.gradient_bytes, p + class.parameter_bytes));
         match self.instance.rules.exchange {
             Exchange::FlatRing { bucket_bytes } => {
                 let least = holders.iter().map(|h| h.tensor_parallel).min().unwrap_or(1);
-                self.flat_ring_s(&holders, gradient / f64::from(least), bucket_bytes)
+                self.flat_ring_s(holders, gradient / f64::from(least), bucket_bytes)
             }
             Exchange::Hierarchical => {
                 let second = if self.layout.shard_optimizer { parameter } else { gradient };
-                self.hierarchical_s(&holders, gradient + second)
+                self.hierarchical_s(holders, gradient + second)
             }
         }
     }
 
-    /// Who holds a layer, a row for each template's stage, in the order of pools.
-    fn holders(&self, layer: u32) -> Vec<Holders> {
+    /// Who holds a layer, or its routed experts, a row for each template's stage, in the order of pools.
+    fn holders(&self, layer: u32, experts: bool) -> Vec<Holders> {
         let mut holders: Vec<Holders> = self
             .layout
             .templates
             .iter()
             .filter_map(|t| {
                 let stage = t.stages.iter().find(|s| (s.first_layer..s.end_layer).contains(&layer))?;
-                Some(Holders {
-                    pool: stage.pool,
-                    tensor_parallel: stage.tensor_parallel,
-                    groups: f64::from(t.count) * f64::from(stage.replicas),
+                let groups = f64::from(t.count) * f64::from(stage.replicas);
+                let (parts, pool) = (stage.parts(), stage.pool);
+                Some(if experts {
+                    Holders { pool, tensor_parallel: stage.group_devices(), groups, parts }
+                } else {
+                    let groups = groups * f64::from(parts);
+                    Holders { pool, tensor_parallel: stage.tensor_parallel, groups, parts }
                 })
             })
             .collect();
@@ -362,8 +394,12 @@ impl<'a> Pricer<'a> {
 /// Stage instances of one pool and degree that hold a layer.
 struct Holders {
     pool: usize,
+    /// Devices that a copy is divided among.
     tensor_parallel: u32,
+    /// Copies.
     groups: f64,
+    /// Tensor-parallel groups among which experts are divided.
+    parts: u32,
 }
 
 const UNKNOWN: PricedStage = PricedStage {

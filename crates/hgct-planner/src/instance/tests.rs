@@ -1,5 +1,7 @@
 //! The pricer against sums made by hand.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use super::*;
 
 const GIB: f64 = 1_073_741_824.0;
@@ -16,6 +18,7 @@ fn small() -> Instance {
         gradient_bytes: 100.0,
         parameter_bytes: 100.0,
         output_bytes: 10.0,
+        experts: None,
         memory: vec![
             LayerMemory {
                 state_bytes: 800.0,
@@ -44,6 +47,7 @@ fn small() -> Instance {
                 let by = slow * f64::from(micro_batch) / f64::from(tensor_parallel);
                 CostRow {
                     tensor_parallel,
+                    expert_parallel: 1,
                     micro_batch,
                     forward_s: vec![by],
                     backward_s: vec![2.0 * by],
@@ -70,6 +74,7 @@ fn stage(layers: std::ops::Range<u32>, pool: usize, tensor_parallel: u32) -> Sta
         end_layer: layers.end,
         pool,
         tensor_parallel,
+        expert_parallel: 1,
         replicas: 1,
         recompute: false,
     }
@@ -167,6 +172,82 @@ fn every_fault_is_named() {
     tight.pools[0].memory_bytes = 1000.0;
     let layout = Layout { templates: vec![sound], shard_optimizer: false };
     assert_eq!(check(&tight, &layout)[0].message, "needs 6605 bytes of a fast's 1000");
+}
+
+/// The small instance with six tenths of every layer in experts, which pairs of devices may divide.
+fn routed() -> Instance {
+    let mut of = small();
+    of.rules = Rules { exchange_overlap: 0.0, recompute: false, ..Rules::hierarchical() };
+    of.classes[0].experts = Some(ExpertClass {
+        gradient_bytes: 60.0,
+        parameter_bytes: 60.0,
+        state_bytes: 480.0,
+        optimizer_bytes: 480.0,
+    });
+    for (pool, slow) in of.pools.iter_mut().zip([1.0, 2.0]) {
+        pool.costs.push(CostRow {
+            tensor_parallel: 1,
+            expert_parallel: 2,
+            micro_batch: 1,
+            forward_s: vec![0.8 * slow],
+            backward_s: vec![1.6 * slow],
+            update_s: vec![0.25 * slow],
+        });
+    }
+    of
+}
+
+#[test]
+fn divided_experts_by_hand() {
+    let instance = routed();
+    let divided = Stage { expert_parallel: 2, ..stage(0..4, 0, 1) };
+    let layout = Layout {
+        templates: vec![Template { micro_batch: 2, ..template(2, 3, vec![divided.clone()]) }],
+        shard_optimizer: true,
+    };
+    assert_eq!(check_instance(&instance), vec![]);
+    assert_eq!(check(&instance, &layout), vec![]);
+    let priced = price(&instance, &layout);
+    let of = priced.templates[0].stages[0];
+    close(priced.pipeline_s, 3.0 * 4.0 * 2.4);
+    // Half of 480 less; 320 among four copies of what is dense, 240 among two copies of the experts.
+    close(of.memory_bytes, 4.0 * (560.0 + 320.0 / 4.0 + 240.0 / 2.0) + 4.0 * 50.0 + 7.0);
+    close(priced.update_s, 4.0 * 0.25 * (80.0 + 120.0) / 800.0);
+    // Dense: 320 bytes, half inside of a node, half between two; experts: 480 between the nodes alone.
+    close(priced.exchange_s, 0.16 + 1.6 + 2.4);
+    assert_eq!(layout.devices_used(2), [4, 0]);
+    let groups = assign(&instance, &layout).unwrap();
+    assert!(groups.len() == 2 && groups.iter().all(|group| group.devices == 2));
+    // The same devices as replicas that hold everything need more memory.
+    let mut whole = layout.clone();
+    whole.templates = vec![template(4, 3, vec![stage(0..4, 0, 1)])];
+    let copies = price(&instance, &whole).templates[0].stages[0];
+    assert!(copies.memory_bytes > of.memory_bytes + 4.0 * 200.0, "{copies:?}");
+}
+
+#[test]
+fn experts_are_divided_in_whole_groups_of_one_node() {
+    let instance = routed();
+    let fault = |of: Stage, micro_batch: u32, num: u32| {
+        let templates = vec![Template { micro_batch, ..template(1, num, vec![of]) }];
+        let faults = check(&instance, &Layout { templates, shard_optimizer: true });
+        faults.first().map_or_else(String::new, ToString::to_string)
+    };
+    let divided = Stage { expert_parallel: 2, ..stage(0..4, 0, 1) };
+    assert_eq!(fault(divided.clone(), 2, 6), "");
+    assert!(fault(divided.clone(), 1, 12).contains("1 samples for 2 groups"));
+    assert!(fault(Stage { expert_parallel: 4, ..divided.clone() }, 4, 3).contains("experts on 4 devices"));
+    assert!(fault(Stage { expert_parallel: 0, ..divided.clone() }, 2, 6).contains("experts on 0 devices"));
+    assert!(fault(Stage { tensor_parallel: 2, ..divided.clone() }, 2, 6).contains("experts on 2 devices"));
+    let mut flat = instance.clone();
+    flat.rules.exchange = Exchange::FlatRing { bucket_bytes: 1e3 };
+    let templates = vec![Template { micro_batch: 2, ..template(1, 6, vec![divided]) }];
+    let faults = check(&flat, &Layout { templates, shard_optimizer: true });
+    assert!(faults[0].message.contains("the hierarchical one only"), "{faults:?}");
+    let mut bad = instance.clone();
+    bad.classes[0].experts.as_mut().unwrap().state_bytes = 801.0;
+    bad.pools[0].costs[0].expert_parallel = 3;
+    assert_eq!(check_instance(&bad).len(), 2, "{:?}", check_instance(&bad));
 }
 
 #[test]

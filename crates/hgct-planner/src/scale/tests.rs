@@ -4,7 +4,9 @@ use hgct_core::schedule::Operation;
 use proptest::prelude::*;
 
 use super::*;
-use crate::instance::{Exchange, Rules, Schedule, Stage, Template, Transfer, Update, price};
+use crate::instance::{
+    CostRow, Exchange, ExpertClass, Rules, Schedule, Stage, Template, Transfer, Update, price,
+};
 use crate::tables::parse_device_counts;
 use crate::tables::tests::tables;
 use crate::wide::{Effort, replan};
@@ -32,6 +34,7 @@ fn template(count: u32, num: u32, schedule: Schedule, stages: &[(u32, u32, usize
         end_layer: *end_layer,
         pool: *pool,
         tensor_parallel: 2,
+        expert_parallel: 1,
         replicas: 1,
         recompute: false,
     };
@@ -64,6 +67,38 @@ fn without_waiting_it_takes_what_it_is_priced() {
         let priced = price(&instance, &layout).iteration_s;
         assert!((simulated.step_ns as f64 / 1e9 - priced).abs() < 1e-7, "{} {priced}", simulated.step_ns);
     }
+}
+
+#[test]
+fn divided_experts_take_what_they_are_priced() {
+    let mut instance = instance(rules(Transfer::Overlapped, 0.0), 16);
+    for class in &mut instance.classes {
+        class.experts = Some(ExpertClass {
+            gradient_bytes: class.gradient_bytes / 2.0,
+            parameter_bytes: class.parameter_bytes / 2.0,
+            state_bytes: class.memory[0].state_bytes / 2.0,
+            optimizer_bytes: class.memory[0].optimizer_bytes / 2.0,
+        });
+    }
+    for pool in &mut instance.pools {
+        let alone: Vec<CostRow> = pool.costs.iter().filter(|row| row.tensor_parallel == 1).cloned().collect();
+        pool.costs.extend(alone.into_iter().map(|row| CostRow { expert_parallel: 2, ..row }));
+    }
+    let divided = |stages| {
+        let mut of = Template { micro_batch: 2, ..template(2, 4, ONE, stages) };
+        for stage in &mut of.stages {
+            (stage.tensor_parallel, stage.expert_parallel) = (1, 2);
+        }
+        Layout { templates: vec![of], shard_optimizer: true }
+    };
+    let one = divided(&[(0, 4, 0)]);
+    let simulated = simulate_layout(&instance, &one, &plain()).unwrap();
+    let priced = price(&instance, &one).iteration_s;
+    assert!((simulated.step_ns as f64 / 1e9 - priced).abs() < 1e-7, "{} {priced}", simulated.step_ns);
+    // A rank a group, over two devices each.
+    assert_eq!(simulated.timeline.ranks.len(), 2);
+    let two = simulate_layout(&instance, &divided(&[(0, 2, 0), (2, 4, 1)]), &plain()).unwrap();
+    assert!(two.roofline_ns <= two.step_ns && two.step_ns <= two.serial_ns);
 }
 
 #[test]
@@ -250,6 +285,7 @@ proptest! {
                         end_layer: *end,
                         pool: usize::from(pools >> at & 1),
                         tensor_parallel: 1 + u32::from(bits >> at & 1),
+                        expert_parallel: 1,
                         replicas: 1,
                         recompute: bits >> (4 + at) & 1 == 1,
                     }

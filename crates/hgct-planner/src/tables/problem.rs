@@ -122,6 +122,7 @@ impl Tables {
             costs: costs
                 .map(|((tensor_parallel, micro_batch), rows)| CostRow {
                     tensor_parallel: *tensor_parallel,
+                    expert_parallel: 1,
                     micro_batch: *micro_batch,
                     forward_s: of_class(rows, |row| row.forward_s),
                     backward_s: of_class(rows, |row| row.backward_s),
@@ -210,6 +211,7 @@ fn class(table: &ModelTable, degrees: &[u32], layer: usize) -> LayerClass {
         gradient_bytes: ELEMENT * parameters,
         parameter_bytes: ELEMENT * parameters,
         output_bytes: ELEMENT * output,
+        experts: None,
         memory: degrees.iter().map(memory).collect(),
     }
 }

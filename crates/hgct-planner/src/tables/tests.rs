@@ -63,8 +63,15 @@ fn tables_become_a_problem_without_faults() {
 fn a_plan_by_hand_has_the_published_price() {
     use crate::instance::{Layout, Schedule, Stage, Template};
     let instance = tables().instance("tiny", &counts("FAST=4"), 8).unwrap();
-    let stage =
-        Stage { first_layer: 0, end_layer: 4, pool: 0, tensor_parallel: 2, replicas: 1, recompute: false };
+    let stage = Stage {
+        first_layer: 0,
+        end_layer: 4,
+        pool: 0,
+        tensor_parallel: 2,
+        expert_parallel: 1,
+        replicas: 1,
+        recompute: false,
+    };
     let template = Template {
         count: 2,
         micro_batch: 1,

@@ -234,6 +234,7 @@ pub fn published_layers(tables: &Tables, row: &MeasuredLayers) -> Result<(f64, f
                 end_layer: stage.end_layer,
                 pool: pool(&stage.replicas[pipeline].kind),
                 tensor_parallel: stage.replicas[pipeline].tensor_parallel,
+                expert_parallel: 1,
                 replicas: 1,
                 recompute: false,
             })

@@ -22,7 +22,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::bound::maximise;
-use crate::instance::{Curve, Exchange, Instance, Link, Schedule};
+use crate::instance::{Curve, Exchange, Held, Instance, Link, Schedule};
 
 use super::chain::Holding;
 use super::dual::{Case, Dual};
@@ -62,7 +62,7 @@ impl Costs {
                 let mut least = vec![f64::INFINITY; num];
                 for row in pool.costs.iter().filter(|_| pool.nodes > 0) {
                     let Some(degree) = instance.degree_index(row.tensor_parallel) else { continue };
-                    if row.micro_batch > instance.global_batch {
+                    if row.samples() > instance.global_batch {
                         continue;
                     }
                     let by = f64::from(row.tensor_parallel) / f64::from(row.micro_batch);
@@ -74,7 +74,9 @@ impl Costs {
                         } else {
                             memory.activation_bytes
                         };
-                        let needed = memory.state_bytes
+                        let (tensor_parallel, group) = row.shape();
+                        let held = Held::new(instance, class, degree, group / tensor_parallel.max(1));
+                        let needed = held.state_bytes
                             + f64::from(row.micro_batch) * kept
                             + pool.overhead_bytes[degree];
                         if needed <= pool.memory_bytes {

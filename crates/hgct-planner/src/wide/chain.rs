@@ -100,10 +100,7 @@ impl<'t, 'a> Chains<'t, 'a> {
             let of = &table.choices[choice];
             let plain = ways.iter().position(|way| {
                 let other = &table.choices[way.choice];
-                of.recompute
-                    && other.pool == of.pool
-                    && other.degree == of.degree
-                    && other.replicas == of.replicas
+                of.recompute && other.is_alike(of)
             });
             let (mut compute, mut fill, mut exchange) = (vec![0.0], vec![0.0], vec![0.0]);
             let (mut sums, devices) = ([0.0f64; 3], f64::from(of.devices));

@@ -70,9 +70,7 @@ fn kinds(table: &Table<'_>, even: &Even<'_>) -> Vec<Kind> {
         .map(|choice| {
             let own = &table.choices[choice];
             let (forward_s, backward_s) = table.compute(choice, even.size, middle, middle + 1);
-            let again = table.choices.iter().position(|c| {
-                c.recompute && c.pool == own.pool && c.degree == own.degree && c.replicas == own.replicas
-            });
+            let again = table.choices.iter().position(|c| c.recompute && c.is_alike(own));
             let free = |in_flight| table.memory(choice, even.size, middle, middle + 1, in_flight);
             let pool = &table.instance.pools[own.pool];
             Kind {

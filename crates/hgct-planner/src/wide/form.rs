@@ -106,7 +106,8 @@ impl Form {
                 first_layer: first as u32,
                 end_layer: end as u32,
                 pool: choice.pool,
-                tensor_parallel: choice.degree,
+                tensor_parallel: choice.tensor_parallel,
+                expert_parallel: choice.expert_parallel(),
                 replicas: choice.replicas,
                 recompute: choice.recompute,
             }

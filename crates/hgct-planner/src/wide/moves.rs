@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use crate::instance::{Group, Instance, Layout, Stage, assign};
+use crate::instance::{Group, Held as HeldLayer, Instance, Layout, Stage, assign};
 
 /// Devices of a group: pool, node, first device, how many.
 type Spot = (usize, u32, u32, u32);
@@ -154,16 +154,18 @@ impl Held {
         let shares = shares(layout, groups, left.num_layers());
         let mut nodes: BTreeMap<(usize, u32), f64> = BTreeMap::new();
         for group in groups {
-            let Some(degree) = left.degree_index(group.devices) else { continue };
+            let stage = stage(layout, group);
+            let Some(degree) = left.degree_index(stage.tensor_parallel) else { continue };
             let held = self.groups.get(&spot(group));
-            let each: f64 = layers(stage(layout, group))
+            let each: f64 = layers(stage)
                 .map(|layer| {
-                    let memory = &left.classes[classes[layer as usize]].memory[degree];
+                    let of = HeldLayer::new(left, classes[layer as usize], degree, stage.parts());
+                    let optimizer_bytes = of.dense_optimizer_bytes + of.expert_optimizer_bytes;
                     let (share, before) = (shares[layer as usize], self.share[layer as usize]);
                     if held.is_some_and(|held| held.contains(&layer)) {
-                        memory.optimizer_bytes * (share - before).max(0.0)
+                        optimizer_bytes * (share - before).max(0.0)
                     } else {
-                        memory.state_bytes + memory.optimizer_bytes * share
+                        of.state_bytes + optimizer_bytes * share
                     }
                 })
                 .sum();

@@ -149,7 +149,8 @@ fn crew_of(table: &Table<'_>, layout: &Layout) -> Crew {
     let choice = |stage: &Stage| {
         table.choices.iter().position(|c| {
             c.pool == stage.pool
-                && c.degree == stage.tensor_parallel
+                && c.tensor_parallel == stage.tensor_parallel
+                && c.expert_parallel() == stage.expert_parallel
                 && c.replicas == stage.replicas
                 && c.recompute == stage.recompute
         })

@@ -199,9 +199,7 @@ fn neighbours(table: &Table<'_>, form: &Form) -> Vec<Vec<Placed>> {
         }
         let own = &table.choices[usize::from(form.stages[at].choice)];
         if own.recompute
-            && let Some(other) = table.choices.iter().position(|c| {
-                !c.recompute && c.end == own.end && c.degree == own.degree && c.replicas == own.replicas
-            })
+            && let Some(other) = table.choices.iter().position(|c| !c.recompute && c.is_alike(own))
         {
             moved[at].choice = other as u16;
             all.push(moved);

@@ -1,21 +1,44 @@
 //! An instance as prefix sums, so that a stage's time and memory are a few subtractions.
 
-use crate::instance::{Instance, Schedule, Transfer};
+use crate::instance::{CostRow, Held as HeldLayer, Instance, LayerMemory, Schedule, Transfer};
 
-/// A way to place a stage: pool, degree, replicas, recompute.
+/// A way to place a stage: pool, degrees, replicas, recompute.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) pool: usize,
-    /// Tensor parallel degree.
+    /// Devices of a group: the tensor parallel degree, or more where experts are divided among several
+    /// tensor-parallel groups.
     pub(crate) degree: u32,
-    /// Its position among the degrees.
-    pub(crate) degree_index: usize,
+    /// Tensor parallel degree.
+    pub(crate) tensor_parallel: u32,
+    /// Index into what stages hold.
+    held: usize,
     pub(crate) replicas: u32,
     pub(crate) recompute: bool,
     /// Devices of one instance.
     pub(crate) devices: u32,
     /// What its neighbours see of it: index into [`Table::ends`].
     pub(crate) end: usize,
+}
+
+impl Choice {
+    /// As [`Stage::expert_parallel`](crate::instance::Stage).
+    pub(crate) fn expert_parallel(&self) -> u32 {
+        if self.degree > self.tensor_parallel { self.degree } else { 1 }
+    }
+
+    /// Groups that divide a micro-batch.
+    fn parts(&self) -> u32 {
+        self.replicas * (self.degree / self.tensor_parallel)
+    }
+
+    /// Whether the other differs in recompute alone, or not at all.
+    pub(crate) fn is_alike(&self, other: &Self) -> bool {
+        self.pool == other.pool
+            && self.degree == other.degree
+            && self.tensor_parallel == other.tensor_parallel
+            && self.replicas == other.replicas
+    }
 }
 
 /// How a stage looks from a neighbour: pool and devices that send together.
@@ -35,7 +58,7 @@ struct Times {
     backward: Prefix,
 }
 
-/// Prefix sums of memory at one degree.
+/// Prefix sums of memory at one tensor and expert parallel degree.
 #[derive(Debug, Clone)]
 struct Held {
     state: Prefix,
@@ -85,6 +108,16 @@ fn prefix(values: impl Iterator<Item = f64>) -> Prefix {
         .collect()
 }
 
+/// Tensor parallel degrees with the devices of their groups: as many, and, where experts are divided among
+/// more, those. In order of the group's devices.
+fn shapes(instance: &Instance) -> Vec<(u32, u32)> {
+    let mut shapes: Vec<(u32, u32)> = instance.degrees.iter().map(|degree| (*degree, *degree)).collect();
+    shapes.extend(instance.pools.iter().flat_map(|pool| &pool.costs).map(CostRow::shape));
+    shapes.sort_unstable_by_key(|(tensor_parallel, group)| (*group, *tensor_parallel));
+    shapes.dedup();
+    shapes
+}
+
 /// Largest value of every range.
 fn largest(values: &[f64]) -> Vec<f64> {
     let width = values.len() + 1;
@@ -104,17 +137,18 @@ impl<'a> Table<'a> {
     pub(crate) fn new(instance: &'a Instance, usable: impl Fn(usize, u32) -> bool) -> Self {
         let classes = instance.layer_classes();
         let mut sizes: Vec<u32> =
-            instance.pools.iter().flat_map(|pool| pool.costs.iter().map(|row| row.micro_batch)).collect();
+            instance.pools.iter().flat_map(|pool| pool.costs.iter().map(CostRow::samples)).collect();
         let most = instance.rules.max_replicas;
         let replicated: Vec<u32> = (2..=most).flat_map(|r| sizes.iter().map(move |b| b * r)).collect();
         sizes.extend(replicated);
         sizes.retain(|b| *b <= instance.global_batch);
         sizes.sort_unstable();
         sizes.dedup();
+        let shapes = shapes(instance);
         let (mut choices, mut ends) = (Vec::new(), Vec::<End>::new());
         for (pool, of) in instance.pools.iter().enumerate() {
-            for (degree_index, degree) in instance.degrees.iter().enumerate() {
-                let known = of.costs.iter().any(|row| row.tensor_parallel == *degree);
+            for (held, (tensor_parallel, degree)) in shapes.iter().enumerate() {
+                let known = of.costs.iter().any(|row| row.shape() == (*tensor_parallel, *degree));
                 if *degree > of.devices_per_node || !known || !usable(pool, *degree) {
                     continue;
                 }
@@ -132,7 +166,8 @@ impl<'a> Table<'a> {
                         choices.push(Choice {
                             pool,
                             degree: *degree,
-                            degree_index,
+                            tensor_parallel: *tensor_parallel,
+                            held,
                             replicas,
                             recompute,
                             devices,
@@ -146,18 +181,29 @@ impl<'a> Table<'a> {
             .iter()
             .map(|choice| sizes.iter().map(|b| Self::times(instance, &classes, choice, *b)).collect())
             .collect();
-        let held = (0..instance.degrees.len())
-            .map(|degree| {
-                let of = |get: fn(&crate::instance::LayerMemory) -> f64| {
+        let held = shapes
+            .iter()
+            .filter_map(|(tensor_parallel, group)| {
+                let degree = instance.degree_index(*tensor_parallel)?;
+                let parts = group / tensor_parallel;
+                let classes = &classes;
+                let of = |get: fn(&LayerMemory) -> f64| {
                     classes.iter().map(move |class| get(&instance.classes[*class].memory[degree]))
                 };
-                Held {
-                    state: prefix(of(|m| m.state_bytes)),
-                    optimizer: prefix(of(|m| m.optimizer_bytes)),
+                // Each share of the optimizer state that pipelines divide among them.
+                let held = |get: fn(&HeldLayer, f64) -> f64| {
+                    let of = move |class: &usize| HeldLayer::new(instance, *class, degree, parts);
+                    classes.iter().map(move |class| get(&of(class), f64::from(parts)))
+                };
+                Some(Held {
+                    state: prefix(held(|h, _| h.state_bytes)),
+                    optimizer: prefix(held(|h, parts| {
+                        h.dense_optimizer_bytes / parts + h.expert_optimizer_bytes
+                    })),
                     activation: prefix(of(|m| m.activation_bytes)),
                     recompute: prefix(of(|m| m.recompute_bytes)),
                     largest: largest(&of(|m| m.activation_bytes).collect::<Vec<_>>()),
-                }
+                })
             })
             .collect();
         let mut bytes: Vec<f64> = Vec::new();
@@ -207,10 +253,14 @@ impl<'a> Table<'a> {
     }
 
     fn times(instance: &Instance, classes: &[usize], choice: &Choice, micro_batch: u32) -> Option<Times> {
-        if !micro_batch.is_multiple_of(choice.replicas) {
+        if !micro_batch.is_multiple_of(choice.parts()) {
             return None;
         }
-        let row = instance.pools[choice.pool].cost(choice.degree, micro_batch / choice.replicas)?;
+        let row = instance.pools[choice.pool].cost_with_experts(
+            choice.tensor_parallel,
+            choice.expert_parallel(),
+            micro_batch / choice.parts(),
+        )?;
         let again = |class: usize| if choice.recompute { row.forward_s[class] } else { 0.0 };
         Some(Times {
             forward: prefix(classes.iter().map(|class| row.forward_s[*class])),
@@ -245,10 +295,10 @@ impl<'a> Table<'a> {
     /// Peak memory of each device of a stage.
     pub(crate) fn memory(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> f64 {
         let of = &self.choices[choice];
-        let held = &self.held[of.degree_index];
+        let held = &self.held[of.held];
         let between = |sums: &Prefix| sums[end] - sums[first];
-        let samples = f64::from(self.micro_batches[size] / of.replicas);
-        let overhead = self.instance.pools[of.pool].overhead_bytes[of.degree_index];
+        let samples = f64::from(self.micro_batches[size] / of.parts());
+        let overhead = self.instance.overhead_bytes(of.pool, of.degree);
         let state = between(&held.state) + between(&held.optimizer) / self.shards.get();
         let kept = if of.recompute {
             let working = held.largest[first * (self.num_layers + 1) + end];

@@ -182,6 +182,7 @@ impl Grown<'_> {
                         end_layer: end,
                         pool: at,
                         tensor_parallel: row.tensor_parallel,
+                        expert_parallel: 1,
                         replicas: 1,
                         recompute,
                     };

@@ -62,6 +62,7 @@ pub(crate) fn instance(seed: u64, size: Size) -> Instance {
                 gradient_bytes: bytes,
                 parameter_bytes: bytes,
                 output_bytes: random.real(0.5, 10.0),
+                experts: None,
                 memory: degrees
                     .iter()
                     .map(|degree| LayerMemory {
@@ -105,6 +106,7 @@ pub(crate) fn instance(seed: u64, size: Size) -> Instance {
                 };
                 costs.push(CostRow {
                     tensor_parallel: *degree,
+                    expert_parallel: 1,
                     micro_batch: *micro_batch,
                     forward_s: times(0.02, 0.3, &mut random),
                     backward_s: times(0.05, 0.6, &mut random),

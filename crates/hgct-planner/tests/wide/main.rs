@@ -4,6 +4,7 @@
 
 mod brute;
 mod cases;
+mod experts;
 mod pricer;
 mod properties;
 mod replanning;

@@ -70,6 +70,7 @@ fn rows(planned: &Planned) -> Vec<Value> {
             "layers": [row.first_layer, row.end_layer],
             "devices": 1,
             "tensor_parallel": 1,
+            "expert_parallel": 1,
             "replicas": 1,
             "micro_batch": row.micro_batch,
             "micro_batches": row.num_micro_batches,
