@@ -24,8 +24,10 @@ const CHECK_BUDGET: Duration = Duration::from_secs(55);
 /// Time for the measurement of one device.
 const PROFILE_BUDGET: Duration = Duration::from_secs(45);
 
-/// Part of a core that these times are meant for; software adapters with less get more time.
-const BUDGET_MILLICORES: u32 = 400;
+/// Part of a core that these times are meant for; software adapters with less get more time. The check
+/// ends when it is done, while a measurement uses its time up, so the first has room to spare.
+const CHECK_MILLICORES: u32 = 800;
+const PROFILE_MILLICORES: u32 = 400;
 /// So many times as much at most: a hanging device must be told some time.
 const LARGEST_BUDGET: f64 = 4.0;
 
@@ -183,7 +185,7 @@ impl Fleet {
             }
         }
         if !unknown.is_empty() {
-            let budget = budget(CHECK_BUDGET, &unknown);
+            let budget = budget(CHECK_BUDGET, CHECK_MILLICORES, &unknown);
             eprintln!("check: {} devices side by side, up to {} s", unknown.len(), budget.as_secs() + 5);
             self.start(session, &unknown)?;
             self.hold(session)?;
@@ -252,7 +254,7 @@ impl Fleet {
             }
         }
         if !unknown.is_empty() {
-            let budget = budget(choices.profile_budget, &unknown);
+            let budget = budget(choices.profile_budget, PROFILE_MILLICORES, &unknown);
             eprintln!("profile: {} devices side by side, about {} s", unknown.len(), budget.as_secs());
             self.start(session, &unknown)?;
             self.hold(session)?;
@@ -348,11 +350,11 @@ pub(crate) struct UnknownDevice {
     known: String,
 }
 
-/// `usual`, or longer where a software adapter has a small part of a core.
-fn budget(usual: Duration, devices: &[DeviceSpec]) -> Duration {
+/// `usual`, or longer where a software adapter has less than `millicores` of a core.
+fn budget(usual: Duration, millicores: u32, devices: &[DeviceSpec]) -> Duration {
     let software = devices.iter().filter(|device| device.engine == NATIVE && device.host_resource == "cpu");
     let least = software.map(|device| device.grant.cpu_millicores).min().unwrap_or(u32::MAX).max(1);
-    usual.mul_f64((f64::from(BUDGET_MILLICORES) / f64::from(least)).clamp(1.0, LARGEST_BUDGET))
+    usual.mul_f64((f64::from(millicores) / f64::from(least)).clamp(1.0, LARGEST_BUDGET))
 }
 
 /// The micro-batch sizes to measure: the policy's, else up to three that a global batch allows.

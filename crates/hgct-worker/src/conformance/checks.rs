@@ -55,8 +55,9 @@ pub(super) const CHECKS: &[Check] = &[
     check!("export-import", export),
     check!("determinism", determinism),
     check!("load-again", load_again),
-    check!("memory", memory),
     check!("speed", |engine, deadline| speed(engine, deadline, &SPEED)),
+    // The longest comes last, where it may use up the budget.
+    check!("memory", memory),
 ];
 
 /// Low, middle and high frequencies of the small model all occur.

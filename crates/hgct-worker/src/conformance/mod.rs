@@ -60,8 +60,8 @@ pub fn names() -> Vec<&'static str> {
     CHECKS.iter().map(|check| check.name).collect()
 }
 
-/// Runs all checks within `budget`. A check may take half of what is left; those that the budget
-/// does not reach fail.
+/// Runs all checks within `budget`. A check may take half of what is left, the last all of it; those
+/// that the budget does not reach fail.
 pub fn run(engine: &mut dyn Engine, device: DeviceId, kind: Kind, budget: Duration) -> CheckReport {
     run_named(engine, device, kind, budget, &names())
 }
@@ -75,20 +75,26 @@ pub fn run_named(
     names: &[&str],
 ) -> CheckReport {
     let end = Instant::now() + budget;
-    let chosen = CHECKS.iter().filter(|check| names.contains(&check.name));
-    let checks: Vec<CheckRow> = chosen.map(|check| row(engine, check, end, budget)).collect();
+    let chosen: Vec<&Check> = CHECKS.iter().filter(|check| names.contains(&check.name)).collect();
+    let last = chosen.len().saturating_sub(1);
+    let checks: Vec<CheckRow> = chosen
+        .iter()
+        .enumerate()
+        .map(|(at, check)| row(engine, check, end, budget, if at == last { 1 } else { 2 }))
+        .collect();
     let failed = checks.iter().any(|row| row.verdict == Verdict::Fail);
     CheckReport { device, kind, verdict: if failed { Verdict::Fail } else { Verdict::Pass }, checks }
 }
 
-fn row(engine: &mut dyn Engine, check: &Check, end: Instant, budget: Duration) -> CheckRow {
+/// One check, which may take `1 / part` of what is left until `end`.
+fn row(engine: &mut dyn Engine, check: &Check, end: Instant, budget: Duration, part: u32) -> CheckRow {
     let start = Instant::now();
     let left = end.saturating_duration_since(start);
     let finding = if left.is_zero() {
         Finding::fail(format!("not reached within {:.0} s", budget.as_secs_f64()))
     } else {
         // Whatever state a panic leaves behind, the next check loads anew.
-        match catch_unwind(AssertUnwindSafe(|| (check.run)(engine, start + left / 2))) {
+        match catch_unwind(AssertUnwindSafe(|| (check.run)(engine, start + left / part))) {
             Ok(Ok(finding)) => finding,
             Ok(Err(failure)) => Finding::fail(failure),
             Err(panic) => Finding::fail(format!("panicked: {}", panic_message(panic.as_ref()))),
