@@ -66,9 +66,16 @@ pub(super) fn measure(
     let timer =
         |probe, micro_batch| Timer { model: &model, probe, micro_batch, seq_len: request.seq_len, end };
     let mut left_out = None;
-    // Memory first, smallest size first: what a head or a larger size frees would hide it.
-    let mut fitting = Vec::new();
+    // Memory first, smallest size first: what a head or a larger size frees would hide it. Half of the
+    // time is kept for the windows of the smallest.
+    let mut fitting: Vec<(u32, u64)> = Vec::new();
+    let half = end.checked_sub(request.budget / 2).unwrap_or(end);
+    let mut each = Duration::ZERO;
     for micro_batch in sizes(request) {
+        let start = Instant::now();
+        if !fitting.is_empty() && start + each * micro_batch > half {
+            break;
+        }
         match timer(&probes[BLOCK], micro_batch).activation_bytes(engine) {
             Ok(bytes) => fitting.push((micro_batch, bytes)),
             Err(error) => {
@@ -76,6 +83,7 @@ pub(super) fn measure(
                 break;
             }
         }
+        each = start.elapsed() / micro_batch;
     }
     let mut samples: Vec<Sample> = Vec::new();
     for (micro_batch, block_bytes) in fitting {

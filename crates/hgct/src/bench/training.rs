@@ -41,8 +41,9 @@ pub(super) const DATA: &str = "crates:Cargo.lock";
 /// How far a kind's CPU share may be off its quota before a round is void.
 const SHARE_TOLERANCE: f64 = 0.02;
 
-/// A quarter of a core needs seconds for one large micro-batch.
+/// A quarter of a core needs seconds for one large micro-batch, and a software adapter minutes.
 const PROFILE_BUDGET: Duration = Duration::from_secs(110);
+const SOFTWARE_PROFILE_BUDGET: Duration = Duration::from_secs(200);
 
 /// `hgct bench training`
 #[derive(Debug, Args)]
@@ -157,12 +158,22 @@ fn measure(
     if fleet.cluster.nodes.iter().any(|node| node.isolation != Isolation::Cgroup) {
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
     }
-    let choices = Choices { fresh: true, profile_budget: PROFILE_BUDGET, ..Choices::default() };
+    let mut loaded = loaded.clone();
+    let mut counted = that_count(&fleet.cluster);
+    let mut profile_budget = PROFILE_BUDGET;
+    if counted != fleet.cluster {
+        // Larger micro-batches would take it minutes each.
+        loaded.job.policy.micro_batches[0] = 1;
+        profile_budget = SOFTWARE_PROFILE_BUDGET;
+    }
+    let choices = Choices { fresh: true, profile_budget, ..Choices::default() };
     let profile = fleet.profile(session, workspace, &loaded.job, &loaded.model, &choices)?;
+    if fleet.devices().len() < devices.len() {
+        bail!("a kind that is to be compared could not be measured: the reason stands above");
+    }
+    counted = that_count(&fleet.cluster);
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
-    let mut loaded = loaded.clone();
-    let counted = that_count(&fleet.cluster);
     if args.global_batch.is_none() {
         loaded.job.recipe.global_batch = divided_best(&loaded, &counted, &profile);
     }
