@@ -9,7 +9,7 @@
 use crate::instance::{Exchange, Schedule, Work};
 
 use super::Meter;
-use super::form::{Form, Placed};
+use super::form::{Form, PaceSearch, Placed};
 use super::table::{StageTime, Table};
 
 /// What alike pipelines are made for.
@@ -259,27 +259,10 @@ fn lay(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], mix: &Mix) -> Option<
     // Where memory is short, more time is of no use.
     fill(table, even, &stages, f64::INFINITY)?;
     let speed: f64 = stages.iter().map(|kind| 1.0 / kind.layer).sum();
-    let (mut low, mut high) = (table.num_layers as f64 / speed * 0.9, f64::INFINITY);
-    let mut best: Option<Form> = None;
-    let mut at = low * 1.3;
-    for _ in 0..16 {
-        let form = fill(table, even, &stages, at)
-            .and_then(|placed| Form::new(table, even.size, even.schedule, placed));
-        match form {
-            Some(form) => {
-                high = form.pace.min(at);
-                if best.as_ref().is_none_or(|best| form.pace < best.pace) {
-                    best = Some(form);
-                }
-            }
-            None => low = at,
-        }
-        if high - low < 1e-3 * low {
-            break;
-        }
-        at = if high.is_finite() { f64::midpoint(low, high) } else { at * 1.6 };
-    }
-    best
+    let low = table.num_layers as f64 / speed * 0.9;
+    // What is laid out here is priced next, and moved from there: no need to be near.
+    let search = PaceSearch { low, first: low * 1.3, high: f64::INFINITY, tries: 16, tolerance: 1e-3 };
+    search.tightest(|pace| Form::new(table, even.size, even.schedule, fill(table, even, &stages, pace)?))
 }
 
 /// Fills stages from the last to the first, each as long as pace and memory allow; `None` if layers

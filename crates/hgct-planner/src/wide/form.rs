@@ -122,6 +122,48 @@ impl Form {
     }
 }
 
+/// Where to look for the least pace that places all layers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PaceSearch {
+    /// Too small a pace.
+    pub(crate) low: f64,
+    /// The first that is tried; it grows by `GROWTH` while none is enough.
+    pub(crate) first: f64,
+    /// One that is known to be enough, or infinite.
+    pub(crate) high: f64,
+    /// Paces that are tried at most.
+    pub(crate) tries: u32,
+    /// Ends where the two ends differ by less than this part.
+    pub(crate) tolerance: f64,
+}
+
+impl PaceSearch {
+    /// The form of least pace among those that `lay` makes for a pace, by bisection; `None` if it makes
+    /// none.
+    pub(crate) fn tightest(self, lay: impl Fn(f64) -> Option<Form>) -> Option<Form> {
+        /// Of a pace that is too small.
+        const GROWTH: f64 = 1.6;
+        let Self { mut low, first: mut at, mut high, tries, tolerance } = self;
+        let mut best: Option<Form> = None;
+        for _ in 0..tries {
+            match lay(at) {
+                Some(form) => {
+                    high = form.pace.min(at);
+                    if best.as_ref().is_none_or(|best| form.pace < best.pace) {
+                        best = Some(form);
+                    }
+                }
+                None => low = at,
+            }
+            if high - low < tolerance * low {
+                break;
+            }
+            at = if high.is_finite() { f64::midpoint(low, high) } else { at * GROWTH };
+        }
+        best
+    }
+}
+
 /// Layers of a stage.
 pub(crate) fn range(table: &Table<'_>, stages: &[Placed], at: usize) -> (usize, usize) {
     let end = stages.get(at + 1).map_or(table.num_layers, |next| usize::from(next.first));

@@ -10,7 +10,7 @@
 use crate::instance::{Schedule, Work};
 
 use super::Meter;
-use super::form::{Form, Placed};
+use super::form::{Form, PaceSearch, Placed};
 use super::table::{StageTime, Table};
 
 /// What to make pipelines for.
@@ -253,29 +253,17 @@ fn neighbours(table: &Table<'_>, by_end: &[Vec<usize>]) -> Vec<Vec<usize>> {
 /// The same stages with the least pace that places all layers, by bisection.
 fn tighten(table: &Table<'_>, wish: &Wish<'_>, stages: &[Placed]) -> Option<Form> {
     let choices: Vec<u16> = stages.iter().map(|stage| stage.choice).collect();
-    let mut best = Form::new(table, wish.size, wish.schedule, stages.to_vec());
-    let mut high = best.as_ref().map_or(wish.pace, |form| form.pace);
-    let mut low = high * 0.5;
+    let given = Form::new(table, wish.size, wish.schedule, stages.to_vec());
     if choices.len() == 1 {
-        return best;
+        return given;
     }
-    for _ in 0..14 {
-        let middle = f64::midpoint(low, high);
-        match fill(table, wish, &choices, middle).and_then(|s| Form::new(table, wish.size, wish.schedule, s))
-        {
-            Some(form) => {
-                high = form.pace.min(middle);
-                if best.as_ref().is_none_or(|b| form.pace < b.pace) {
-                    best = Some(form);
-                }
-            }
-            None => low = middle,
-        }
-        if high - low < 1e-5 * high {
-            break;
-        }
-    }
-    best
+    let high = given.as_ref().map_or(wish.pace, |form| form.pace);
+    let low = high * 0.5;
+    let search = PaceSearch { low, first: f64::midpoint(low, high), high, tries: 14, tolerance: 1e-5 };
+    let found = search
+        .tightest(|pace| Form::new(table, wish.size, wish.schedule, fill(table, wish, &choices, pace)?));
+    // The given one where nothing is faster.
+    given.into_iter().chain(found).min_by(|a, b| a.pace.total_cmp(&b.pace))
 }
 
 /// Fills stages on given choices from the last to the first; `None` if layers remain.
