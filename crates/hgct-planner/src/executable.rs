@@ -14,13 +14,13 @@ use hgct_core::profile::Profile;
 use crate::choices::choice;
 use crate::estimate::{devices_of_pools, measured};
 use crate::evaluate::{Evaluated, Sketch};
-use crate::explain::Rejected;
+use crate::explain::{Rejected, none_without};
 use crate::fleet::{Fleet, Task};
 use crate::instance::{Group, Instance, Layout, Rules, Schedule, Stage, Template, assign};
-use crate::plan::{finish, none_without};
-use crate::search::Outcome;
+use crate::planned::{Planned, finish};
+use crate::search::{Budget, Outcome};
 use crate::wide::{Effort, Found, find};
-use crate::{Budget, Error, Planned, Result};
+use crate::{Error, Result};
 
 /// The documents that a layout of measured devices was made from.
 #[derive(Debug, Clone, Copy)]

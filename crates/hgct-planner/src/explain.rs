@@ -11,11 +11,10 @@ use crate::Result;
 use crate::cost::Memory;
 use crate::evaluate::Evaluated;
 use crate::fleet::Fleet;
-use crate::plan::WithoutOne;
 use crate::program::Pricing;
 use crate::search::Outcome;
 use crate::simulate::{Simulation, simulate_priced};
-use crate::words::{self, nanoseconds, span, times};
+use crate::words::{self, cells, nanoseconds, span, table, times};
 
 /// The reasons of a plan: for people by `Display`, for programs by serde.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -122,6 +121,22 @@ pub struct SearchRow {
     pub proven_ns: u64,
     /// Plans that were simulated.
     pub simulated: u64,
+}
+
+/// Of each class: what is possible without one of its devices.
+pub(crate) type Without = Vec<WithoutOne>;
+
+/// Where nothing was searched without a device.
+pub(crate) fn none_without(fleet: &Fleet<'_>) -> Without {
+    vec![WithoutOne::default(); fleet.classes.len()]
+}
+
+/// The step of the best plan that was found without a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct WithoutOne {
+    pub(crate) step_ns: Option<u64>,
+    /// There is no plan without it.
+    pub(crate) needed: bool,
 }
 
 /// `a / b` in thousandths, rounded.
@@ -319,34 +334,6 @@ fn device_rows(fleet: &Fleet<'_>, best: &Evaluated, step_ns: u64, without: &[Wit
 
 fn percent(permille: i64) -> String {
     format!("{:.1} %", permille as f64 / 10.0)
-}
-
-/// Lines up columns: the first two to the left, the others to the right.
-pub(crate) fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    for row in rows {
-        let mut line = String::from(" ");
-        for (c, cell) in row.iter().enumerate() {
-            let pad = " ".repeat(widths[c] - cell.chars().count());
-            line.push(' ');
-            if c < 2 {
-                line.push_str(cell);
-                line.push_str(&pad);
-            } else {
-                line.push_str(&pad);
-                line.push_str(cell);
-            }
-            line.push(' ');
-        }
-        writeln!(f, "{}", line.trim_end())?;
-    }
-    Ok(())
-}
-
-pub(crate) fn cells<const N: usize>(row: [&str; N]) -> Vec<String> {
-    row.iter().map(|s| (*s).to_owned()).collect()
 }
 
 impl fmt::Display for Explanation {

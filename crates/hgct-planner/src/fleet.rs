@@ -11,7 +11,7 @@ use hgct_core::profile::Profile;
 
 use crate::bound::ComputeBound;
 use crate::cost::{Costs, LinkCost, MemoryLimit, ModelShape};
-use crate::{Error, PlanInput, Result};
+use crate::{Error, Result};
 
 /// What devices are to do, and the documents that say so.
 #[derive(Debug, Clone, Copy)]
@@ -25,14 +25,6 @@ pub(crate) struct Task<'a> {
     pub(crate) model: &'a ModelSpec,
     pub(crate) cluster: &'a ClusterSpec,
     pub(crate) profile: &'a Profile,
-}
-
-impl<'a> Task<'a> {
-    pub(crate) fn of(input: &PlanInput<'a>) -> Self {
-        let PlanInput { job, model, cluster, profile } = *input;
-        let (global_batch, seq_len) = (job.recipe.global_batch, job.recipe.seq_len);
-        Self { policy: &job.policy, global_batch, seq_len, model, cluster, profile }
-    }
 }
 
 /// Everything that the search reads, checked.

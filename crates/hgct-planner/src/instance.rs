@@ -362,7 +362,7 @@ impl Rules {
     }
 
     /// What a run on today's frameworks does: transfers beside compute, exchange inside nodes first
-    /// and behind the last backward, sharded optimizer state, recompute; 1F1B only.
+    /// and behind the last backward, sharded optimizer state, recompute; 1F1B and zero bubble.
     pub fn hierarchical() -> Self {
         Self {
             transfer: Transfer::Overlapped,

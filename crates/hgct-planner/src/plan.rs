@@ -1,23 +1,16 @@
 //! From the documents to the plan and its reasons.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use hgct_core::canonical::Hash;
 use hgct_core::cluster::ClusterSpec;
 use hgct_core::job::{JobSpec, MinKinds, PlanShape};
 use hgct_core::model::ModelSpec;
-use hgct_core::plan::{Plan, Prediction, RankPrediction};
 use hgct_core::profile::Profile;
-use hgct_core::timeline::Timeline;
 
 use crate::evaluate::Evaluated;
-use crate::exchange::owned;
 use crate::executable::{plan_many, starts};
-use crate::explain::{Explanation, Rejected, explain};
+use crate::explain::{Rejected, Without, none_without};
 use crate::fleet::{Fleet, Task};
-use crate::program::Group;
-use crate::search::{Outcome, Space, least_missing, search};
-use crate::simulate::simulate;
+use crate::planned::{Planned, finish};
+use crate::search::{Budget, Outcome, Space, least_missing, search};
 use crate::{Error, Result};
 
 /// What a plan is made from.
@@ -33,53 +26,18 @@ pub struct PlanInput<'a> {
     pub profile: &'a Profile,
 }
 
-/// How long a search may go on. The same budget gives the same plan, byte for byte, unless the stop
-/// flag ends it.
-#[derive(Debug, Clone, Copy)]
-pub struct Budget<'a> {
-    /// Partial plans that are looked at.
-    pub nodes: u64,
-    /// Whole plans that are simulated.
-    pub simulations: u64,
-    /// Set by the caller to end the search with the best plan so far.
-    pub stop: Option<&'a AtomicBool>,
-}
-
-impl Default for Budget<'_> {
-    /// Well below a second for four devices.
-    fn default() -> Self {
-        Self { nodes: 20_000_000, simulations: 4_000, stop: None }
+impl<'a> From<&PlanInput<'a>> for Task<'a> {
+    fn from(input: &PlanInput<'a>) -> Self {
+        let PlanInput { job, model, cluster, profile } = *input;
+        let (global_batch, seq_len) = (job.recipe.global_batch, job.recipe.seq_len);
+        Self { policy: &job.policy, global_batch, seq_len, model, cluster, profile }
     }
-}
-
-impl Budget<'_> {
-    /// A budget that no small instance exhausts.
-    pub const UNLIMITED: Budget<'static> = Budget { nodes: u64::MAX, simulations: u64::MAX, stop: None };
-
-    pub(crate) fn stopped(&self) -> bool {
-        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
-    }
-
-    fn part(&self, of: u64) -> Self {
-        Self { nodes: (self.nodes / of).max(1), simulations: (self.simulations / of).max(1), stop: self.stop }
-    }
-}
-
-/// A plan with its reasons.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Planned {
-    /// The plan, prediction included.
-    pub plan: Plan,
-    /// Why this one.
-    pub explanation: Explanation,
-    /// The predicted step.
-    pub timeline: Timeline,
 }
 
 /// Plans a job: the fastest plan under the profile that the policy allows. A few devices are searched to
 /// the end; for many a layout is sought as for clusters of thousands ([`crate::wide`]), and executed.
 pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
-    let fleet = Fleet::new(Task::of(input))?;
+    let fleet = Fleet::new(Task::from(input))?;
     let job = Some(input.job.hash());
     if !fleet.is_small() {
         let (outcome, rejected) = plan_many(&fleet, budget)?;
@@ -122,22 +80,6 @@ pub fn plan(input: &PlanInput<'_>, budget: &Budget<'_>) -> Result<Planned> {
         rejected.push(Rejected::new(&fleet, "without min_kinds".into(), &other));
     }
     finish(&fleet, &best, &outcome, &without, rejected, job)
-}
-
-/// Of each class: what is possible without one of its devices.
-pub(crate) type Without = Vec<WithoutOne>;
-
-/// Where nothing was searched without a device.
-pub(crate) fn none_without(fleet: &Fleet<'_>) -> Without {
-    vec![WithoutOne::default(); fleet.classes.len()]
-}
-
-/// The step of the best plan that was found without a device.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct WithoutOne {
-    pub(crate) step_ns: Option<u64>,
-    /// There is no plan without it.
-    pub(crate) needed: bool,
 }
 
 struct Planner<'a> {
@@ -291,49 +233,4 @@ fn no_plan(fleet: &Fleet<'_>, space: Option<&Space>, outcome: &Outcome) -> Error
         };
     }
     Error::Shape { reason: "no division of the devices has the memory for it".into() }
-}
-
-/// Builds the winner with its prediction and explanation.
-pub(crate) fn finish(
-    fleet: &Fleet<'_>,
-    best: &Evaluated,
-    outcome: &Outcome,
-    without: &Without,
-    rejected: Vec<Rejected>,
-    job: Option<Hash>,
-) -> Result<Planned> {
-    let Task { cluster, profile, .. } = fleet.task;
-    let job = job.unwrap_or_else(|| Hash::of_bytes(b""));
-    let builder = best.builder(fleet).made_from(job, Some(Hash::of(cluster)), Some(Hash::of(profile)));
-    let mut plan = builder.build()?;
-    let simulation = simulate(&plan, profile)?;
-    let ranked = best.sketch.ranked(fleet);
-    let groups: Vec<Group> = plan.owners.iter().map(Group::of).collect();
-    let memory = best.sketch.memory(fleet, &ranked, best.run_ahead, &owned(&groups, plan.ranks.len()))?;
-    let explanation = explain(fleet, best, &plan, &simulation, &memory, outcome, without, rejected)?;
-    let gain = |d: &usize| {
-        let class = fleet.classes.iter().position(|class| class.devices.contains(d))?;
-        let without = without[class].step_ns?;
-        Some(crate::explain::permille(without, simulation.step_ns) - 1000)
-    };
-    let ranks = ranked.devices.iter().zip(&simulation.timeline.ranks).zip(&memory);
-    plan.prediction = Some(Prediction {
-        step_ns: simulation.step_ns,
-        bound_ns: explanation.bound_ns,
-        limited_by: explanation.limited_by.clone(),
-        ranks: ranks
-            .map(|((d, timeline), memory)| RankPrediction {
-                compute_ns: timeline.compute_ns(),
-                exchange_ns: timeline
-                    .actions
-                    .iter()
-                    .filter(|a| !a.action.operation.has_micro_batch())
-                    .map(|a| a.end_ns - a.start_ns)
-                    .sum(),
-                memory_bytes: memory.total_bytes(),
-                gain_permille: gain(d),
-            })
-            .collect(),
-    });
-    Ok(Planned { plan, explanation, timeline: simulation.timeline })
 }

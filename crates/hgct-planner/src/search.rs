@@ -10,11 +10,44 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::Result;
 use crate::choices::{Choice, Request, choices};
 use crate::evaluate::{Evaluated, Sketch};
 use crate::fleet::Fleet;
-use crate::{Budget, Result};
+
+/// How long a search may go on. The same budget gives the same plan, byte for byte, unless the stop
+/// flag ends it.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget<'a> {
+    /// Partial plans that are looked at.
+    pub nodes: u64,
+    /// Whole plans that are simulated.
+    pub simulations: u64,
+    /// Set by the caller to end the search with the best plan so far.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Default for Budget<'_> {
+    /// Well below a second for four devices.
+    fn default() -> Self {
+        Self { nodes: 20_000_000, simulations: 4_000, stop: None }
+    }
+}
+
+impl Budget<'_> {
+    /// A budget that no small instance exhausts.
+    pub const UNLIMITED: Budget<'static> = Budget { nodes: u64::MAX, simulations: u64::MAX, stop: None };
+
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn part(&self, of: u64) -> Self {
+        Self { nodes: (self.nodes / of).max(1), simulations: (self.simulations / of).max(1), stop: self.stop }
+    }
+}
 
 /// What may be searched.
 #[derive(Debug, Clone)]

@@ -1,5 +1,7 @@
 //! Figures as people read them, the same wherever a plan is spoken of.
 
+use std::fmt;
+
 /// Four digits of a time in the unit that it is long in: `12.34 s`, `1.506 ms`, `84.21 µs`.
 pub fn seconds(s: f64) -> String {
     let (value, unit) = match s.abs() {
@@ -51,6 +53,34 @@ pub(crate) fn span(low: &str, high: &str) -> String {
 /// How many there are of a row that stands for several: ` ×12`, nothing for one.
 pub(crate) fn times(number: usize) -> String {
     if number == 1 { String::new() } else { format!(" ×{number}") }
+}
+
+/// Lines up columns: the first two to the left, the others to the right.
+pub(crate) fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    for row in rows {
+        let mut line = String::from(" ");
+        for (c, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(widths[c] - cell.chars().count());
+            line.push(' ');
+            if c < 2 {
+                line.push_str(cell);
+                line.push_str(&pad);
+            } else {
+                line.push_str(&pad);
+                line.push_str(cell);
+            }
+            line.push(' ');
+        }
+        writeln!(f, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+pub(crate) fn cells<const N: usize>(row: [&str; N]) -> Vec<String> {
+    row.iter().map(|s| (*s).to_owned()).collect()
 }
 
 #[cfg(test)]

@@ -7,9 +7,8 @@ use serde::Serialize;
 use super::alike::{alike, layers_of};
 use super::text::percent;
 use super::{Answer, StageRow};
-use crate::explain::{cells, table};
 use crate::instance::{Stage, Template};
-use crate::words::{count, rate, seconds, times};
+use crate::words::{cells, count, rate, seconds, table, times};
 
 /// What differs between two answers.
 #[derive(Debug, Clone, PartialEq, Serialize)]

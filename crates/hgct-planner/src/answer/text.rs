@@ -6,8 +6,7 @@ use hgct_core::accelerator::Confidence;
 
 use super::alike::{alike, layers_of};
 use super::{Answer, Basis, StageRow, Why};
-use crate::explain::{cells, table};
-use crate::words::{self, rate, seconds, span, times};
+use crate::words::{self, cells, rate, seconds, span, table, times};
 
 /// An answer with its reasons, as text.
 #[derive(Debug, Clone, Copy)]

@@ -82,7 +82,7 @@ fn the_search_finds_what_brute_force_finds_and_its_bound_holds() {
     for seed in 0..60 {
         let instance = small(seed);
         let input = instance.input();
-        let fleet = Fleet::new(Task::of(&input)).unwrap();
+        let fleet = Fleet::new(Task::from(&input)).unwrap();
         let mut fastest = u64::MAX;
         for sketch in all_sketches(&fleet) {
             let Some(found) = sketch.evaluate(&fleet).unwrap() else { continue };
