@@ -1,7 +1,6 @@
 //! Burn behind the engine interface.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use burn_tensor::wgpu::wgpu;
@@ -9,17 +8,16 @@ use burn_tensor::{DType as BurnDType, Device};
 use hgct_core::dtype::DType;
 use hgct_core::model::{ModelSpec, RopeScaling};
 use hgct_core::plan::StageId;
+use hgct_worker::Result;
 use hgct_worker::engine::{
     BackwardPart, Edge, Engine, EngineDescription, GradientReady, Granularity, ImportRows, Lease, StageLoad,
     Ticket,
 };
-use hgct_worker::{Error, Result};
 
 use crate::adapter;
+use crate::error::{NAME, failed, guarded};
 use crate::stage::Stage;
 
-/// The engine's name.
-pub(crate) const NAME: &str = "burn";
 /// The version of Burn that `Cargo.toml` pins.
 pub const BURN_VERSION: &str = "0.22.1";
 
@@ -226,27 +224,6 @@ fn prepared_models() -> [ModelSpec; 2] {
     [narrow, wide]
 }
 
-/// Runs `body`; a panic inside of Burn or wgpu, which is how both tell of most failures, becomes an
-/// error like any other.
-pub(crate) fn guarded<T>(operation: &'static str, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message");
-        Err(failed(operation, text))
-    })
-}
-
-pub(crate) fn failed(operation: &'static str, message: impl AsRef<str>) -> Error {
-    Error::Engine { engine: NAME.into(), operation, message: essence(message.as_ref()) }
-}
-
-/// Burn's errors without backtraces and headings, in one line.
-fn essence(text: &str) -> String {
-    const NOISE: [&str; 5] = ["", "Caused by:", "Backtrace:", "Asked at:", "No backtrace available"];
-    let lines = text.lines().map(str::trim).filter(|line| !NOISE.contains(line));
-    lines.collect::<Vec<_>>().join("; ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,14 +236,5 @@ mod tests {
         assert!(error.starts_with("out of memory: parameters and gradients take "), "{error}");
         assert_eq!(fits(std::slice::from_ref(&load), Some(2 << 20)), Ok(()));
         assert_eq!(fits(&[load], None), Ok(()));
-    }
-
-    #[test]
-    fn a_panic_is_an_error_in_one_line() {
-        let error = guarded::<()>("forward", || panic!("wgpu error: lost\n\nCaused by:\n  the driver\n"));
-        assert_eq!(
-            error.unwrap_err().to_string(),
-            "engine burn: forward failed: wgpu error: lost; the driver"
-        );
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod adapter;
 mod engine;
+mod error;
 mod model;
 pub mod plain;
 pub mod probe;

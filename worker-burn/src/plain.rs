@@ -12,7 +12,7 @@ use burn_tensor::{Device, Int, Tensor, TensorData, Transaction};
 use hgct_core::model::ModelSpec;
 use hgct_data::TokenFile;
 
-use crate::engine::{failed, guarded};
+use crate::error::{failed, guarded};
 use crate::model::{self, Tables};
 use crate::{BurnEngine, Result};
 

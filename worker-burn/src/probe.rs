@@ -12,7 +12,7 @@ use burn_tensor::Tensor;
 use serde_json::{Value, json};
 
 use crate::adapter::{self, API};
-use crate::engine::guarded;
+use crate::error::guarded;
 use crate::{BURN_VERSION, BurnEngine};
 
 /// How long an adapter may take to compile and run its first kernel.

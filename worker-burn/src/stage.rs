@@ -8,7 +8,7 @@ use hgct_core::model::{LayerKind, ModelSpec, TensorSpec};
 use hgct_worker::engine::{Edge, GradientReady, ImportRows, Lease, StageLoad};
 use hgct_worker::{Error, Result};
 
-use crate::engine::{NAME, failed};
+use crate::error::{NAME, failed};
 use crate::model::{self, Tables};
 
 /// A loaded stage.
