@@ -293,7 +293,7 @@ pub(crate) fn read_plan(path: &Path, loaded: &LoadedJob) -> Result<Plan> {
         return plan.with_context(|| format!("{file} is no plan of `hgct plan`"));
     }
     let answer = Answer::from_json(&file, &text)?;
-    let parallel = |stage: &Stage| stage.tensor_parallel > 1 || stage.replicas > 1;
+    let parallel = |stage: &Stage| stage.num_devices() > 1;
     if answer.layout.templates.iter().flat_map(|template| &template.stages).any(parallel) {
         bail!(
             "{file}: hgct train does not run tensor-parallel stages yet; hgct export writes it for programs that do"

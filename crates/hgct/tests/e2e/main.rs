@@ -5,6 +5,7 @@
 mod bad_input;
 mod bad_plans;
 mod ends;
+mod experts;
 mod hosts;
 mod measured;
 mod planning;
