@@ -1,5 +1,6 @@
 //! `hgct-worker-burn`: started by an agent with its orders on standard input, or with an option.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use hgct_worker::engine::Engine;
@@ -21,6 +22,8 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
+        // Whoever types its name waits for something else than orders.
+        [] if std::io::stdin().is_terminal() => usage(),
         [] => work(),
         ["--probe"] => {
             println!("{}", probe::answer());

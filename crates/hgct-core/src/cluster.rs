@@ -70,6 +70,9 @@ pub struct DeviceSpec {
     pub environment_hash: Hash,
     /// Version of the framework.
     pub framework_version: String,
+    /// Name or version of the driver beneath it, where something tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
     /// Memory that is the device's own, bytes; 0 where it uses the host's.
     pub memory_bytes: u64,
     /// The host resource it lives on, such as `cpu`; devices of one node with the same resource

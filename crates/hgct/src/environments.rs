@@ -30,8 +30,14 @@ const INHERITED: [&str; 10] =
 /// Mesa's layer that reorders adapters asks a desktop which one it uses; a worker names its own.
 const NATIVE_VARIABLES: [(&str, &str); 1] = [("NODEVICE_SELECT", "1")];
 /// Which drivers the worker without Python may load: what the Vulkan loader reads.
-const LOADER: [&str; 4] =
-    ["VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_LOADER_DRIVERS_SELECT", "VK_LOADER_DRIVERS_DISABLE"];
+const LOADER: [&str; 6] = [
+    "VK_DRIVER_FILES",
+    "VK_ICD_FILENAMES",
+    "VK_ADD_DRIVER_FILES",
+    "VK_LOADER_DRIVERS_SELECT",
+    "VK_LOADER_DRIVERS_DISABLE",
+    "XDG_DATA_DIRS",
+];
 
 /// Result of this module.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,5 +1,6 @@
 //! The stages before training: discover → check → profile → plan. Each leaves a document; check and
-//! profile are kept by environment, device and grant, and done again only when one of them changes.
+//! profile are kept by environment, device, driver and grant, and done again only when one of them
+//! changes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -369,12 +370,14 @@ fn check_key(device: &DeviceSpec) -> Hash {
     Hash::of(&(CACHE_FORMAT, identity(device)))
 }
 
-/// What makes a kept result this device's: hardware, environment, grant.
+/// What makes a kept result this device's: hardware, driver (which compiles an adapter's kernels),
+/// environment, grant.
 fn identity(device: &DeviceSpec) -> impl serde::Serialize + use<> {
     let device = device.clone();
     (
         device.id,
         device.identity,
+        device.driver,
         device.environment_hash,
         device.device_string,
         device.grant,

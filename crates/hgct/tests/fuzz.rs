@@ -98,6 +98,7 @@ fn cluster() -> ClusterSpec {
         environment: EnvironmentId::new("mlx").unwrap(),
         environment_hash: Hash::of(&"mlx"),
         framework_version: "1".into(),
+        driver: None,
         memory_bytes: 0,
         host_resource: "cpu".into(),
         grant: grant(),

@@ -115,6 +115,7 @@ impl Shape {
             environment: EnvironmentId::new(engine).unwrap(),
             environment_hash: Hash::of_bytes(engine.as_bytes()),
             framework_version: "1".into(),
+            driver: None,
             memory_bytes: 0,
             host_resource: "cpu".into(),
             grant: Grant { cpu_millicores: 400, cores: vec![0], threads: 1, memory_bytes: 4 << 30 },

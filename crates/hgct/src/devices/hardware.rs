@@ -48,7 +48,17 @@ pub(crate) struct Card {
 impl Card {
     /// What the card *is*, whatever drives it.
     pub(crate) fn identity(&self) -> Option<&str> {
-        self.pci.as_deref().or(self.uuid.as_deref()).or(self.file.as_deref())
+        self.names().next()
+    }
+
+    /// All that tells it from others. Not all software that sees a card knows the same of it.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        [&self.pci, &self.uuid, &self.file].into_iter().filter_map(|name| name.as_deref())
+    }
+
+    /// Whether both are one card, as far as their names tell.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.names().any(|name| other.names().any(|known| known == name))
     }
 }
 

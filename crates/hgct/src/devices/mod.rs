@@ -100,8 +100,6 @@ pub(crate) struct Discovery {
 /// What is needed to show a device and to start its worker.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Detail {
-    /// Version of the vendor's driver.
-    pub(crate) driver: Option<String>,
     /// Version of the interpreter.
     pub(crate) python: String,
     /// Plug-ins to import with the framework.
@@ -186,12 +184,6 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    /// Whether the user asked for this adapter; `None`: said nothing, or it is none.
-    fn asked_for(&self, seen: &probe::Seen) -> Option<bool> {
-        let adapters = self.here.vendor.recognise.adapters;
-        adapters.then(|| asked_for(self.driven, &self.variables, seen)).flatten()
-    }
-
     fn answer(&self, options: &Options) -> Result<Answer, String> {
         let hash = self.environment.hash();
         let key = Cache::key(&hash, &(self.driven, &self.here.hardware, &self.variables));
@@ -273,25 +265,26 @@ impl<'a> Findings<'a> {
             {
                 Ok(card) => card,
                 Err(reason) => {
-                    self.set_aside(format!("{name} {}", seen.device), Some(pair.environment), &kind, reason)?;
+                    self.set_aside(device_name(pair, seen), Some(pair.environment), &kind, reason)?;
                     continue;
                 }
             };
-            if pair.asked_for(seen) == Some(false) {
-                let variable = pair.driven.visibility.as_deref().unwrap_or_default();
-                let (name, reason) = (format!("{name} {}", seen.device), format!("hidden by {variable}"));
-                self.set_aside(name, Some(pair.environment), &kind, reason)?;
-                continue;
-            }
-            self.offer(pair, answer, seen, &card)?;
+            self.offer(pair, answer, seen, &card, present)?;
         }
         Ok(())
     }
 
-    fn offer(&mut self, pair: &Pair<'_>, answer: &Answer, seen: &probe::Seen, card: &Card) -> Result<()> {
+    fn offer(
+        &mut self,
+        pair: &Pair<'_>,
+        answer: &Answer,
+        seen: &probe::Seen,
+        card: &Card,
+        present: &[Present<'_>],
+    ) -> Result<()> {
         let (vendor, environment) = (pair.here.vendor, pair.environment);
         let kind = Kind::new(self.kind_name(vendor, environment, seen, card))?;
-        let counted = self.counted.entry(environment.name.clone()).or_default();
+        let counted = self.counted.get(&environment.name).copied().unwrap_or(0);
         let id = DeviceId::new(format!("{}/{}:{counted}", self.options.node, environment.name))?;
         // Stacks on the processor share it, which grants arrange; a card has one driver.
         let (identity, host_resource, memory_bytes) = if vendor.recognise.processor || seen.software {
@@ -299,17 +292,20 @@ impl<'a> Findings<'a> {
         } else {
             let identity =
                 card.identity().map_or_else(|| format!("{}#{}", vendor.name, seen.index), str::to_owned);
-            let asked_for = pair.asked_for(seen) == Some(true);
-            if let Some(other) = self.offered.get(&identity).filter(|_| !asked_for) {
-                let reason = format!("{identity} is already offered as {other}");
-                let name = format!("{} {}", pair_name(pair.here, environment), seen.device);
-                return self.set_aside(name, Some(environment), kind.as_str(), reason);
+            let set = |name: &str| std::env::var_os(name).is_some();
+            let why_not = self
+                .is_taken(pair, seen, card, &identity)
+                .or_else(|| withheld(pair, card, present, set).filter(|_| !seen.asked_for));
+            if let Some(reason) = why_not {
+                return self.set_aside(device_name(pair, seen), Some(environment), kind.as_str(), reason);
             }
-            self.offered.insert(identity.clone(), id.clone());
+            for name in card.names().chain([identity.as_str()]) {
+                self.offered.insert(name.to_owned(), id.clone());
+            }
             let memory = card.memory_bytes.or(seen.memory_bytes).unwrap_or(0);
             (identity.clone(), identity, memory)
         };
-        *counted += 1;
+        self.counted.insert(environment.name.clone(), counted + 1);
         let all = Grant {
             cpu_millicores: self.node.cores * 1000,
             cores: Vec::new(),
@@ -326,12 +322,12 @@ impl<'a> Findings<'a> {
             environment: environment.name.clone(),
             environment_hash: environment.hash(),
             framework_version: answer.version.clone(),
+            driver: seen.driver.clone().or_else(|| pair.here.hardware.driver.clone()),
             memory_bytes,
             host_resource,
             grant: all,
         });
         let detail = Detail {
-            driver: seen.driver.clone().or_else(|| pair.here.hardware.driver.clone()),
             python: answer.python.clone(),
             modules: pair.driven.imports.clone(),
             variables: pair.variables.clone(),
@@ -339,6 +335,17 @@ impl<'a> Findings<'a> {
         };
         self.details.insert(id, detail);
         Ok(())
+    }
+
+    /// Why this card is not offered once more, if another device is it. A user can ask for a second
+    /// way to drive a card, but not for one way twice, as where a card has two Vulkan drivers.
+    fn is_taken(&self, pair: &Pair<'_>, seen: &probe::Seen, card: &Card, identity: &str) -> Option<String> {
+        let names = card.names().filter(|_| pair.here.vendor.recognise.adapters);
+        let other = names.chain([identity]).find_map(|name| self.offered.get(name))?;
+        let same_way =
+            |device: &DeviceSpec| device.id == *other && device.environment == pair.environment.name;
+        let refused = !seen.asked_for || self.node.devices.iter().any(same_way);
+        refused.then(|| format!("{identity} is already offered as {other}"))
     }
 
     /// `HARDWARE/ENGINE`; where an engine has several environments on this host, those that are not
@@ -366,12 +373,32 @@ impl<'a> Findings<'a> {
     }
 }
 
-/// Whether a variable names an adapter by its vendor and device id; `None`: it is not set.
-fn asked_for(driven: &EngineUse, variables: &BTreeMap<String, String>, seen: &probe::Seen) -> Option<bool> {
-    let wanted = variables.get(driven.visibility.as_ref()?)?;
-    let ids: Vec<&str> = seen.device.split(':').skip(1).take(2).collect();
-    let ids = ids.join(":");
-    Some(wanted.split(',').any(|name| name.trim().eq_ignore_ascii_case(&ids)))
+/// Why an adapter is left alone, if it is a card of a vendor whose own variable (as a batch system
+/// sets it) is `set`: those cards that it allows are offered by the vendor's stack, others may be
+/// somebody else's.
+fn withheld(
+    pair: &Pair<'_>,
+    card: &Card,
+    present: &[Present<'_>],
+    set: impl Fn(&str) -> bool,
+) -> Option<String> {
+    if !pair.here.vendor.recognise.adapters {
+        return None;
+    }
+    let owner = present.iter().find(|here| here.hardware.cards.iter().any(|known| known.is(card)))?;
+    let variable = owner.vendor.engines.iter().filter_map(|driven| driven.visibility.as_deref());
+    let (variable, ask) = (variable.into_iter().find(|name| set(name))?, pair.driven.visibility.as_deref()?);
+    Some(format!("{variable} says which cards of {} may be used; {ask} can name it", owner.vendor.title))
+}
+
+/// `NVIDIA in torch cuda:1`: a device that cannot be used, for people. Nobody knows an adapter by its
+/// ids alone.
+fn device_name(pair: &Pair<'_>, seen: &probe::Seen) -> String {
+    let name = format!("{} {}", pair_name(pair.here, pair.environment), seen.device);
+    match &seen.name {
+        Some(called) if pair.here.vendor.recognise.adapters => format!("{name} ({called})"),
+        _ => name,
+    }
 }
 
 /// `NVIDIA in torch`: a vendor and an environment, for people.

@@ -54,6 +54,9 @@ pub(crate) struct Seen {
     /// Whether it is a program on the processor.
     #[serde(default)]
     pub(crate) software: bool,
+    /// Whether the user named this adapter, and so wants it whatever else drives the card.
+    #[serde(default)]
+    pub(crate) asked_for: bool,
     /// Why it cannot be used.
     #[serde(default)]
     pub(crate) error: Option<String>,

@@ -73,7 +73,6 @@ pub(crate) fn run(folder: &Path, args: &Args) -> anyhow::Result<u8> {
 struct Row<'a> {
     #[serde(flatten)]
     device: &'a hgct_core::cluster::DeviceSpec,
-    driver: Option<&'a str>,
     python: &'a str,
     verified: &'a str,
 }
@@ -91,7 +90,7 @@ pub(super) fn json(discovery: &Discovery) -> String {
     let rows = discovery.node.devices.iter().filter_map(|device| {
         let detail = discovery.details.get(&device.id)?;
         let (python, verified) = (detail.python.as_str(), detail.verified.as_str());
-        Some(Row { device, driver: detail.driver.as_deref(), python, verified })
+        Some(Row { device, python, verified })
     });
     hgct_core::canonical::encode(&Document {
         node: &discovery.node.name,
@@ -127,7 +126,7 @@ pub(super) fn text(discovery: &Discovery) -> String {
             device.kind.to_string(),
             device.identity.clone(),
             memory,
-            detail.and_then(|detail| detail.driver.clone()).unwrap_or_else(|| "-".into()),
+            device.driver.clone().unwrap_or_else(|| "-".into()),
             format!("{} {}", device.engine, device.framework_version),
             if python.is_empty() {
                 device.environment.to_string()

@@ -252,7 +252,7 @@ fn native(fake: &Fake, rows: &[&str]) {
 const SOFTWARE: &str = r#"{"index":0,"device":"vulkan:10005:0000:0","name":"llvmpipe","uuid":null,"pci":null,
     "memory_bytes":null,"driver":"llvmpipe 1","software":true}"#;
 const CARD: &str = r#"{"index":1,"device":"vulkan:10de:2330:0","name":"NVIDIA H100","uuid":null,
-    "pci":"0000:3b:00.0","memory_bytes":85899345920,"driver":"NVIDIA 550.54"}"#;
+    "pci":"0000:3b:00.0","memory_bytes":85899345920,"driver":"NVIDIA 550.54","asked_for":false}"#;
 const BROKEN: &str = r#"{"index":2,"device":"vulkan:8086:4680:0","name":"Intel","uuid":null,
     "pci":"0000:00:02.0","memory_bytes":null,"error":"its driver crashed at the first kernel"}"#;
 
@@ -276,46 +276,59 @@ fn adapters_are_kinds_without_a_table_and_each_says_what_is_wrong_with_it() {
     let [software, card] = &found.node.devices[..] else { panic!("two devices") };
     assert_eq!((software.host_resource.as_str(), software.identity.as_str()), ("cpu", "Test CPU"));
     assert_eq!(card.host_resource, "0000:3b:00.0");
-    assert_eq!(found.details[&card.id].driver.as_deref(), Some("NVIDIA 550.54"));
-    let broken = found.unusable.iter().find(|one| one.name == "Vulkan in burn vulkan:8086:4680:0").unwrap();
+    assert_eq!(card.driver.as_deref(), Some("NVIDIA 550.54"));
+    let broken = "Vulkan in burn vulkan:8086:4680:0 (Intel)";
+    let broken = found.unusable.iter().find(|one| one.name == broken).unwrap();
     assert_eq!(broken.reason, "its driver crashed at the first kernel");
     assert!(!table::text(&found).contains("Python"));
+}
+
+/// The card of vendor alpha, as Vulkan sees it.
+fn alpha(more: &[(&str, &str)]) -> String {
+    let mut row = CARD.replace(r#""uuid":null"#, r#""uuid":"AA""#);
+    for (from, to) in more {
+        row = row.replace(from, to);
+    }
+    row
 }
 
 #[test]
 fn a_card_that_its_own_stack_drives_is_no_second_one() {
     let mut fake = Fake::new();
-    fake.vendor("alpha", "aa");
+    fake.vendor("alpha", "GPU-aa");
     fake.environment("torch", "torch", &answer("cuda:0", Some("aa"), ""));
-    native(
-        &fake,
-        &[&CARD.replace(r#""uuid":null"#, r#""uuid":"GPU-AA""#).replace(r#""0000:3b:00.0""#, "null")],
-    );
+    // Its address, which torch does not know, is not what tells.
+    native(&fake, &[&alpha(&[])]);
+    let cards = |found: &Discovery| {
+        let cards = found.node.devices.iter().filter(|device| device.host_resource != "cpu");
+        cards.map(|device| device.id.to_string()).collect::<Vec<_>>()
+    };
     let found = fake.discover();
-    let cards: Vec<_> = found.node.devices.iter().filter(|device| device.host_resource != "cpu").collect();
-    assert_eq!(cards.len(), 1, "{cards:#?}");
-    assert_eq!(cards[0].engine, "torch");
-    assert!(found.unusable.iter().any(|device| device.reason == "aa is already offered as n/torch:1"));
+    assert_eq!(cards(&found), ["n/torch:1"], "{:#?}", found.unusable);
+    let reason = "0000:3b:00.0 is already offered as n/torch:1";
+    assert!(found.unusable.iter().any(|device| device.reason == reason), "{:#?}", found.unusable);
+    // Who asks gets it, but not once for each driver that it has.
+    let asked = ("\"asked_for\":false", "\"asked_for\":true");
+    native(&fake, &[&alpha(&[asked]), &alpha(&[asked, (":2330:0", ":2330:1")])]);
+    let found = fake.discover();
+    assert_eq!(cards(&found), ["n/torch:1", "n/burn:0"]);
+    let second = found.unusable.iter().find(|device| device.name.contains(":2330:1")).unwrap();
+    assert_eq!(second.reason, "0000:3b:00.0 is already offered as n/burn:0");
 }
 
 #[test]
-fn which_adapters_are_offered_can_be_said() {
-    let wanted = |value: Option<&str>| {
-        let driven = EngineUse {
-            engine: "burn".into(),
-            imports: Vec::new(),
-            device: "vulkan".into(),
-            visibility: Some("HGCT_VULKAN_ADAPTERS".into()),
-            variables: BTreeMap::new(),
-            collectives: None,
-            avoid: Vec::new(),
-            share: None,
-        };
-        let seen: probe::Seen = serde_json::from_str(CARD).unwrap();
-        let value = value.map(|value| ("HGCT_VULKAN_ADAPTERS".to_owned(), value.to_owned()));
-        asked_for(&driven, &value.into_iter().collect(), &seen)
-    };
-    assert_eq!(wanted(None), None);
-    assert_eq!(wanted(Some("")), Some(false));
-    assert_eq!(wanted(Some("8086:4680, 10DE:2330")), Some(true));
+fn a_card_that_a_batch_system_withholds_is_left_alone() {
+    let fake = Fake::new();
+    fake.vendor("alpha", "aa");
+    // Set in every process that cargo starts.
+    let path = fake.path("vendors/alpha.toml");
+    let vendor = fs::read_to_string(&path).unwrap().replace("ALPHA_VISIBLE", "CARGO_MANIFEST_DIR");
+    fs::write(&path, vendor).unwrap();
+    native(&fake, &[&alpha(&[]), SOFTWARE]);
+    let found = fake.discover();
+    assert_eq!(kinds(&found).len(), 1, "{:#?}", found.node.devices);
+    let reason = "CARGO_MANIFEST_DIR says which cards of alpha may be used; HGCT_VULKAN_ADAPTERS can name it";
+    assert!(found.unusable.iter().any(|device| device.reason == reason), "{:#?}", found.unusable);
+    native(&fake, &[&alpha(&[("\"asked_for\":false", "\"asked_for\":true")])]);
+    assert_eq!(kinds(&fake.discover()).len(), 1);
 }

@@ -150,6 +150,7 @@ mod tests {
             environment: EnvironmentId::new(format!("e{index}")).unwrap(),
             environment_hash: Hash::of_bytes(b""),
             framework_version: "1".into(),
+            driver: None,
             memory_bytes: 0,
             host_resource: (*resource).into(),
             grant: Grant { cpu_millicores: 1, cores: vec![], threads: 1, memory_bytes: 0 },

@@ -27,6 +27,7 @@ pub(crate) fn documents(memory_bytes: u64) -> (ClusterSpec, Profile) {
         environment: EnvironmentId::new("mlx").unwrap(),
         environment_hash: Hash::of(&"mlx"),
         framework_version: "1".into(),
+        driver: None,
         memory_bytes: 0,
         host_resource: "cpu".into(),
         grant: grant.clone(),
