@@ -14,7 +14,7 @@ use hgct_worker::engine::{
     Ticket,
 };
 
-use crate::adapter;
+use crate::adapter::{self, Opened};
 use crate::error::{NAME, failed, guarded};
 use crate::stage::Stage;
 
@@ -24,9 +24,7 @@ pub const BURN_VERSION: &str = "0.22.1";
 /// One adapter, driven through Burn and wgpu. f32 only.
 pub struct BurnEngine {
     description: EngineDescription,
-    device: Device,
-    raw: wgpu::Device,
-    largest_tensor_bytes: u64,
+    opened: Opened,
     stages: BTreeMap<StageId, Stage>,
 }
 
@@ -52,8 +50,7 @@ impl BurnEngine {
                 deterministic: true,
                 memory_bytes,
             };
-            let adapter::Opened { device, raw, largest_tensor_bytes } = opened;
-            Ok(Self { description, device, raw, largest_tensor_bytes, stages: BTreeMap::new() })
+            Ok(Self { description, opened, stages: BTreeMap::new() })
         })
     }
 
@@ -74,12 +71,12 @@ impl BurnEngine {
 
     /// The device as wgpu knows it.
     pub fn raw_device(&self) -> &wgpu::Device {
-        &self.raw
+        &self.opened.raw
     }
 
     /// The device for tensors without a graph.
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.opened.device
     }
 
     fn on_stage<T>(
@@ -99,15 +96,24 @@ impl Engine for BurnEngine {
         &self.description
     }
 
+    fn tensor_bytes(&self) -> Option<u64> {
+        let usage = guarded("tensor_bytes", || Ok(self.opened.device.memory_pool_usage()));
+        usage.ok().flatten().map(|usage| usage.bytes_in_use)
+    }
+
     fn load(&mut self, stages: &[StageLoad]) -> Result<()> {
         self.stages.clear();
-        let (device, largest) = (self.device.clone(), self.largest_tensor_bytes);
-        fits(stages, self.description.memory_bytes).map_err(|message| failed("load", message))?;
+        let Opened { device, largest_tensor_bytes, .. } = &self.opened;
         self.stages = guarded("load", || {
             // What earlier stages left is given back first: the next ones may need all of it.
             device.sync().map_err(|error| failed("load", error.to_string()))?;
             device.memory_cleanup();
-            stages.iter().map(|load| Ok((load.stage, Stage::new(load, &device, largest)?))).collect()
+            // An adapter without memory of its own takes the host's, which grants are for.
+            let has = self.description.memory_bytes;
+            let budget = has.map(|has| self.opened.budget_bytes().map_or(has, |budget| budget.min(has)));
+            fits(stages, budget).map_err(|message| failed("load", message))?;
+            let stage = |load: &StageLoad| Ok((load.stage, Stage::new(load, device, *largest_tensor_bytes)?));
+            stages.iter().map(stage).collect()
         })?;
         Ok(())
     }
@@ -178,7 +184,7 @@ impl Engine for BurnEngine {
 }
 
 /// Whether parameters and gradients of the stages fit into a card's memory at all.
-fn fits(stages: &[StageLoad], memory_bytes: Option<u64>) -> std::result::Result<(), String> {
+fn fits(stages: &[StageLoad], budget_bytes: Option<u64>) -> std::result::Result<(), String> {
     let bytes = |load: &StageLoad| -> u64 {
         load.model
             .stage_tensors(load.layers.clone())
@@ -187,10 +193,10 @@ fn fits(stages: &[StageLoad], memory_bytes: Option<u64>) -> std::result::Result<
             .sum()
     };
     let wanted = stages.iter().map(bytes).sum::<u64>();
-    match memory_bytes {
+    match budget_bytes {
         Some(has) if wanted > has => Err(format!(
-            "out of memory: parameters and gradients take {wanted} bytes, the adapter has {has}: give it fewer \
-             layers, or name other devices in `policy.devices`"
+            "out of memory: parameters and gradients take {wanted} bytes, the adapter has {has} for this worker: \
+             give it fewer layers, end what else uses it, or name other devices in `policy.devices`"
         )),
         _ => Ok(()),
     }
@@ -227,6 +233,12 @@ fn prepared_models() -> [ModelSpec; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_version_is_that_of_the_manifest() {
+        let pin = format!("burn-tensor = {{ version = \"={BURN_VERSION}\"");
+        assert!(include_str!("../Cargo.toml").contains(&pin));
+    }
 
     #[test]
     fn stages_that_cannot_fit_are_refused_before_anything_is_made() {

@@ -17,6 +17,8 @@ pub(crate) struct Stage {
     layers: Vec<Layer>,
     recompute: bool,
     device: Device,
+    /// The most that one tensor may take.
+    largest_tensor_bytes: u64,
     tensors: BTreeMap<String, TensorSpec>,
     /// Leaves that require gradients.
     parameters: BTreeMap<String, Tensor<2>>,
@@ -72,8 +74,8 @@ struct Inputs {
 }
 
 impl Stage {
-    /// Makes room for a stage. `largest` is the most that one tensor may take, bytes.
-    pub(crate) fn new(load: &StageLoad, device: &Device, largest: u64) -> Result<Self> {
+    /// Makes room for a stage whose tensors may take `largest_tensor_bytes` each.
+    pub(crate) fn new(load: &StageLoad, device: &Device, largest_tensor_bytes: u64) -> Result<Self> {
         if load.layers.is_empty() || load.layers.end > load.model.num_placeable_layers() {
             return Err(failed("load", format!("the model has no layers {:?}", load.layers)));
         }
@@ -88,12 +90,8 @@ impl Stage {
             tensors.extend(specs.into_iter().map(|spec| (spec.name.clone(), spec)));
         }
         for spec in tensors.values() {
-            let bytes = 4 * spec.num_elements();
-            if bytes > largest {
-                let message =
-                    format!("{} takes {bytes} bytes, but this adapter binds at most {largest}", spec.name);
-                return Err(failed("load", message));
-            }
+            binds(&format!("values of {}", spec.name), 4 * spec.num_elements(), largest_tensor_bytes)
+                .map_err(|message| failed("load", message))?;
         }
         let zeros = |spec: &TensorSpec| leaf(Tensor::zeros(dims(spec), device));
         Ok(Self {
@@ -101,6 +99,7 @@ impl Stage {
             layers,
             recompute: load.recompute,
             device: device.clone(),
+            largest_tensor_bytes,
             parameters: tensors.iter().map(|(name, spec)| (name.clone(), zeros(spec))).collect(),
             tensors,
             gradients: BTreeMap::new(),
@@ -165,8 +164,8 @@ impl Stage {
         value
     }
 
-    /// Compiles every kernel of a step by running one: forward, backward with gradients read,
-    /// evaluation, and an import of some rows. Nothing of it stays.
+    /// Compiles every kernel of a step by running one: forward, backward with gradients read, and
+    /// evaluation. Nothing of it stays.
     pub(crate) fn warm_up(&mut self, samples: u64, seq_len: u64) -> Result<()> {
         // A number that no plan uses.
         const MICRO_BATCH: u32 = u32::MAX;
@@ -277,10 +276,13 @@ impl Stage {
                 ready(layer.index, self.final_gradients(layer)?)?;
             }
         }
-        match gradient {
-            Some(gradient) => Ok(Edge::new(self.answer("backward", Output::Hidden(gradient), [b, s])?)),
-            None => Ok(Edge::default()),
+        if let Some(gradient) = gradient {
+            return Ok(Edge::new(self.answer("backward", Output::Hidden(gradient), [b, s])?));
         }
+        // Nothing is read, so nothing has waited: this call would be measured too short, and the next
+        // one too long.
+        self.device.sync().map_err(|error| failed("backward", error.to_string()))?;
+        Ok(Edge::default())
     }
 
     /// Forward without a graph; with `to_logits` the head answers with them and takes no labels.
@@ -417,7 +419,26 @@ impl Stage {
         } else {
             None
         };
+        self.fits(shape).map_err(|message| failed(operation, message))?;
         Ok(Inputs { shape, input, labels })
+    }
+
+    /// Whether the adapter binds the largest tensor of a micro-batch.
+    fn fits(&self, [b, s]: [usize; 2]) -> std::result::Result<(), String> {
+        let (b, s, m) = (b as u64, s as u64, &self.model);
+        let widest = |layer: &Layer| match layer.kind {
+            LayerKind::Embedding => ("hidden states", m.hidden_size.into()),
+            LayerKind::Block => {
+                let (scores, gated) = (u64::from(m.num_heads) * s, m.intermediate_size.into());
+                if scores < gated { ("gated values", gated) } else { ("attention scores", scores) }
+            }
+            LayerKind::Head => ("logits", m.vocab_size.into()),
+        };
+        let widest = self.layers.iter().map(widest).max_by_key(|(_, a_token)| *a_token);
+        widest.map_or(Ok(()), |(what, a_token)| {
+            let name = format!("{what} of {b} samples of {s} tokens");
+            binds(&name, 4 * b * s * a_token, self.largest_tensor_bytes)
+        })
     }
 
     /// `[b, s, d]` as `[rows, d]` on the device.
@@ -465,6 +486,14 @@ impl Output {
             Self::Loss(loss) => Self::Loss(loss.clone().inner()),
         }
     }
+}
+
+/// An error that names a tensor, if it takes more than an adapter binds at once.
+fn binds(name: &str, bytes: u64, largest: u64) -> std::result::Result<(), String> {
+    if bytes > largest {
+        return Err(format!("{name} take {bytes} bytes, but this adapter binds at most {largest}"));
+    }
+    Ok(())
 }
 
 fn leaf(tensor: Tensor<2>) -> Tensor<2> {

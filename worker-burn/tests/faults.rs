@@ -81,10 +81,38 @@ fn a_tensor_that_no_binding_holds_is_refused_by_name() {
     let mut engine = engine();
     // 16 Mi rows of 64 values: 4 GiB.
     let error = load(&mut engine, 1 << 24).unwrap_err().to_string();
-    assert!(error.contains("takes 4294967296 bytes, but this adapter binds at most"), "{error}");
+    assert!(error.contains("take 4294967296 bytes, but this adapter binds at most"), "{error}");
     // The worker can be asked for something else.
     load(&mut engine, 96).unwrap();
     forward(&mut engine).unwrap();
+}
+
+#[test]
+fn a_micro_batch_that_no_binding_holds_is_refused_and_a_smaller_one_computes() {
+    let mut engine = engine();
+    load(&mut engine, 96).unwrap();
+    // Scores of 1024 samples, 4 heads and 1024² pairs of tokens: 16 GiB.
+    let ids = |name| Lease::of_i32(name, vec![1024, 1024], vec![1; 1 << 20]);
+    let error =
+        engine.forward(StageId(0), 0, Edge::new(vec![ids("input_ids"), ids("labels")])).err().unwrap();
+    let wanted = "attention scores of 1024 samples of 1024 tokens take 17179869184 bytes";
+    assert!(error.to_string().contains(wanted), "{error}");
+    forward(&mut engine).unwrap();
+}
+
+#[test]
+fn what_a_micro_batch_in_flight_keeps_is_counted_until_it_is_dropped() {
+    let mut engine = engine();
+    load(&mut engine, 96).unwrap();
+    forward(&mut engine).unwrap();
+    engine.abort().unwrap();
+    let before = engine.tensor_bytes().unwrap();
+    forward(&mut engine).unwrap();
+    let kept = engine.tensor_bytes().unwrap() - before;
+    // 8 tokens: logits, gates and attention weights, each at least once.
+    assert!(kept > 4 * 8 * (96 + 3 * 80 + 4 * 8), "{kept} bytes");
+    engine.drop_micro_batch(0).unwrap();
+    assert_eq!(engine.tensor_bytes(), Some(before));
 }
 
 #[test]

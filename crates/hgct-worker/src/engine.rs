@@ -50,6 +50,12 @@ pub trait Engine {
     /// What it can do.
     fn describe(&self) -> &EngineDescription;
 
+    /// Bytes that tensors take on the device now, with what is kept for backward; `None`: nobody counts
+    /// them. Memory of micro-batches in flight is measured by it.
+    fn tensor_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Makes room for the stages' parameters and forgets everything before; callable again in a
     /// living process. Parameters are undefined until imported.
     fn load(&mut self, stages: &[StageLoad]) -> Result<()>;

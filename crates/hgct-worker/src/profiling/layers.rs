@@ -313,8 +313,9 @@ impl Timer<'_> {
         let mut resident = Vec::new();
         for number in 0..IN_FLIGHT {
             drop(engine.forward(self.probe.stage, number, self.inputs())?.wait(self.end)?);
-            resident.push(resident_bytes());
+            resident.push(engine.tensor_bytes().unwrap_or_else(resident_bytes));
         }
+        let is_counted = engine.tensor_bytes().is_some();
         engine.abort()?;
         let half = resident.len() / 2;
         let grown = resident[2 * half - 1].saturating_sub(resident[half - 1]);
@@ -322,7 +323,8 @@ impl Timer<'_> {
         let counted = self.counted_activation_bytes();
         let [samples, tokens] = [self.micro_batch, self.seq_len].map(u64::from);
         let input = 4 * samples * tokens * u64::from(self.model.hidden_size);
-        Ok(if on_host(engine) && measured <= 4 * counted { measured.max(input) } else { counted })
+        let is_plausible = is_counted || on_host(engine) && measured <= 4 * counted;
+        Ok(if is_plausible { measured.max(input) } else { counted })
     }
 
     /// Bytes that one layer takes while it is computed, beside what a micro-batch in flight keeps.

@@ -50,9 +50,10 @@ const MICRO_BATCHES: [u32; 3] = [1, 2, 4];
 ///
 /// `action_overhead_ns` is what an embedding's forward of the smallest micro-batch takes at least:
 /// a call with next to no arithmetic. It is taken off every layer's time, so that overhead and
-/// layers add up to what an action took. `activation_bytes` of a block on a `cpu` is the growth of
-/// resident memory with micro-batches in flight; of other layers, on other devices, and where that
-/// growth is implausible, it is the count of what the mathematics of backward needs.
+/// layers add up to what an action took. `activation_bytes` of a block is the growth with
+/// micro-batches in flight of what the engine says that tensors take, or else on a `cpu` of resident
+/// memory; of other layers, on other devices, and where that growth is implausible, it is the count of
+/// what the mathematics of backward needs.
 /// `workspace_bytes` on a `cpu` is the peak of a forward and its backward above that.
 /// `base_memory_bytes` is what is resident in the end, when all is unloaded: the framework after it
 /// has computed, and the programs that it compiled for one size.
