@@ -1,8 +1,9 @@
 //! A plain Burn loop over the same model: what a worker under hgct is compared with.
 //!
 //! One graph over the whole model, gradients and AdamW on the device, one read a step. Reads a line
-//! a measurement from standard input: `WARM_UP STEPS` answers with the seconds of each counted step,
-//! `read-back COUNT` with the seconds that reading all gradients takes once they are computed.
+//! a measurement from standard input: `WARM_UP STEPS` answers with the seconds of each counted step
+//! (`{"seconds":[0.51,0.49]}`), `read-back COUNT` with those that reading all gradients takes once
+//! they are computed.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -53,7 +54,7 @@ pub fn run(arguments: &Arguments<'_>) -> Result<()> {
                 [warm_up, steps] => training.measure(number(warm_up)?, number(steps)?)?,
                 _ => return Err(failed("plain", format!("no measurement: {line}"))),
             };
-            println!("{}", serde_json::json!(seconds));
+            println!("{}", serde_json::json!({ "seconds": seconds }));
         }
         Ok(())
     })

@@ -63,14 +63,15 @@ pub(super) fn quotas(cluster: ClusterSpec, with_vulkan: bool) -> Result<ClusterS
         device.grant = Grant { cpu_millicores, cores: vec![core], threads: 1, memory_bytes };
     }
     cluster.validate("the benchmark's cluster")?;
-    match cluster.devices().count() {
-        n if n == quotas.len() => Ok(cluster),
-        4 if with_vulkan => {
-            bail!("no Vulkan adapter can be used: run `make vulkan`, then see `hgct devices`")
-        }
-        n => bail!(
+    let adapters = cluster.devices().filter(|(_, device)| device.engine == NATIVE).count();
+    match cluster.devices().count() - adapters {
+        n if n != QUOTAS.len() => bail!(
             "the benchmark needs torch, Paddle, JAX and MLX on the processor; {n} of them can be used: see `hgct devices`"
         ),
+        _ if with_vulkan && adapters == 0 => {
+            bail!("no Vulkan adapter can be used: run `make vulkan`, then see `hgct devices`")
+        }
+        _ => Ok(cluster),
     }
 }
 

@@ -2,8 +2,6 @@
 //! model, which its program brings, pair by pair.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -17,8 +15,8 @@ use serde::Serialize;
 use super::figures::Figure;
 use super::training::{DATA, job, speed, train_alone};
 use crate::environments::Environments;
-use crate::grants::{Held, Holder, pin};
 use crate::job::{LoadedJob, PreparedData};
+use crate::plain_loops::PlainLoop;
 use crate::session::{Session, with_grants};
 use crate::stages::{Choices, Fleet};
 use crate::train::{AgentArgs, session_options};
@@ -125,8 +123,9 @@ fn measure(
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     let plan = plan(&fleet, &device, loaded, args)?;
-    let mut plain =
-        Plain::start(workspace, &device, data, [plan.seq_len, args.micro_batch, args.micro_batches])?;
+    let shape = [plan.seq_len, args.micro_batch, args.micro_batches];
+    let mut plain = plain_loop(workspace, &device, data, shape)?;
+    plain.hold(&device)?;
     let tokens = f64::from(plan.global_batch * plan.seq_len);
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let one = (device.clone(), plan);
@@ -134,14 +133,16 @@ fn measure(
         let steps = train_alone(loaded, data, session, std::slice::from_ref(&one), Duration::from_secs(12))?;
         let steps = steps.get(&device.id).with_context(|| format!("{} did not train", device.id))?;
         ours.push(speed(steps));
-        let seconds = plain.ask(&format!("1 {}", steps.len()))?;
+        plain.order(1, steps.len() as u64)?;
+        let seconds = plain.answer()?.seconds;
         theirs.push(tokens * seconds.len() as f64 / seconds.iter().sum::<f64>());
         ratios.push(ours[round] / theirs[round]);
         eprintln!("pair {} of {}: {:.1} %", round + 1, args.rounds, 100.0 * ratios[round]);
     }
     let figure = |values| Figure::of(values).context("no pair was measured");
     let plain_tokens_per_second = figure(theirs)?;
-    let read_back = figure(plain.ask("read-back 9")?)?;
+    plain.tell("read-back 9")?;
+    let read_back = figure(plain.answer()?.seconds)?;
     Ok(WorkerBench {
         measured_at: crate::date::now(),
         device: device.id.clone(),
@@ -181,71 +182,22 @@ fn plan(fleet: &Fleet, device: &DeviceSpec, loaded: &LoadedJob, args: &WorkerArg
     Ok(plan)
 }
 
-/// A running plain loop.
-struct Plain {
-    child: Child,
-    orders: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    /// Keeps the quota while the loop lives.
-    held: Held,
-}
-
-impl Plain {
-    /// Starts the loop, waits until its model is there, then holds it to the device's grant.
-    fn start(
-        workspace: &Workspace,
-        device: &DeviceSpec,
-        data: &PreparedData,
-        shape: [u32; 3],
-    ) -> Result<Self> {
-        let environments = Environments::read(&workspace.root().join("environments.toml"))?;
-        let environment = environments
-            .get(&device.environment)
-            .ok_or_else(|| anyhow!("no environment {}", device.environment))?;
-        let mut child = environment
-            .command(&BTreeMap::new(), device.grant.threads)
-            .args(["--plain", &device.device_string])
-            .arg(workspace.root().join("bench/training/config.json").canonicalize()?)
-            .arg(data.prepared.train_path().canonicalize()?)
-            .args(shape.map(|number| number.to_string()))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start the plain loop")?;
-        let orders = child.stdin.take().context("the plain loop has no input")?;
-        let answers = BufReader::new(child.stdout.take().context("the plain loop has no output")?);
-        let mut held = Holder::open()?.group("plain-burn")?;
-        held.join(child.id())?;
-        pin(child.id(), &device.grant.cores)?;
-        let mut this = Self { child, orders, answers, held };
-        if this.line()?.trim() != "ready" {
-            bail!("the plain loop did not start");
-        }
-        this.held.set(device.grant.cpu_millicores)?;
-        Ok(this)
-    }
-
-    /// An order and its answer, seconds.
-    fn ask(&mut self, order: &str) -> Result<Vec<f64>> {
-        writeln!(self.orders, "{order}").context("the plain loop has ended")?;
-        let line = self.line()?;
-        serde_json::from_str(&line).with_context(|| format!("the plain loop answered {line:?}"))
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).context("the plain loop cannot be read")?;
-        if line.is_empty() {
-            bail!("the plain loop ended: {:?}", self.child.wait()?);
-        }
-        Ok(line)
-    }
-}
-
-impl Drop for Plain {
-    fn drop(&mut self) {
-        // It may be inside of a step; nothing of it is wanted any more.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Starts the plain loop of the device's program.
+fn plain_loop(
+    workspace: &Workspace,
+    device: &DeviceSpec,
+    data: &PreparedData,
+    shape: [u32; 3],
+) -> Result<PlainLoop> {
+    let environments = Environments::read(&workspace.root().join("environments.toml"))?;
+    let environment = environments
+        .get(&device.environment)
+        .ok_or_else(|| anyhow!("no environment {}", device.environment))?;
+    let mut command = environment.command(&BTreeMap::new(), device.grant.threads);
+    command
+        .args(["--plain", &device.device_string])
+        .arg(workspace.root().join("bench/training/config.json").canonicalize()?)
+        .arg(data.prepared.train_path().canonicalize()?)
+        .args(shape.map(|number| number.to_string()));
+    PlainLoop::of(&mut command, &device.grant.cores)
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::ops::Range;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use hgct_core::canonical::Hash;
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::environments::Environments;
 use crate::grants::{Held, Holder, pin};
+use crate::process;
 use crate::workspace::{Workspace, write_atomically};
 
 const SCRIPTS: [(&str, &str); 5] = [
@@ -27,6 +30,9 @@ const SCRIPTS: [(&str, &str); 5] = [
     ("paddle_loop.py", include_str!("paddle_loop.py")),
     ("mlx_loop.py", include_str!("mlx_loop.py")),
 ];
+
+/// How long a loop may take to start, or for one measurement.
+const PATIENCE: Duration = Duration::from_mins(5);
 
 /// What a loop computes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,7 +68,8 @@ impl Part {
 pub(crate) struct Measured {
     /// Of each counted step.
     pub(crate) seconds: Vec<f64>,
-    /// Largest resident memory since its framework was imported.
+    /// Largest resident memory since its framework was imported; 0 where it does not look.
+    #[serde(default)]
     pub(crate) peak_bytes: u64,
 }
 
@@ -70,7 +77,7 @@ pub(crate) struct Measured {
 pub(crate) struct PlainLoop {
     child: Child,
     orders: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    answers: Receiver<std::io::Result<String>>,
     /// Keeps the quota while the loop lives.
     held: Option<Held>,
 }
@@ -109,25 +116,42 @@ impl PlainLoop {
             .arg(config)
             .arg(tokens.canonicalize()?)
             .args(numbers.map(ToString::to_string))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
             .stderr(Stdio::null());
+        Self::of(&mut command, &device.grant.cores)
+    }
+
+    /// Starts the loop that a command is, on these cores; none: on any.
+    pub(crate) fn of(command: &mut Command, cores: &[u32]) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot start the plain loop")?;
         let orders = child.stdin.take().context("the plain loop has no input")?;
-        let answers = BufReader::new(child.stdout.take().context("the plain loop has no output")?);
+        let output = BufReader::new(child.stdout.take().context("the plain loop has no output")?);
+        // In a thread of its own: a pipe has no deadline.
+        let (sender, answers) = channel();
+        std::thread::spawn(move || output.lines().try_for_each(|line| sender.send(line)));
         let this = Self { child, orders, answers, held: None };
-        if !device.grant.cores.is_empty() {
-            pin(this.child.id(), &device.grant.cores)?;
+        if !cores.is_empty() {
+            pin(this.child.id(), cores)?;
         }
         Ok(this)
     }
 
     /// Waits until the framework is imported and the model is there.
     pub(crate) fn ready(&mut self) -> Result<()> {
-        match self.line()?.trim() {
+        match self.line(PATIENCE)?.trim() {
             "ready" => Ok(()),
             other => bail!("the plain loop did not start: {other:?}"),
         }
+    }
+
+    /// Waits until it is ready, then holds it to the device's grant.
+    pub(crate) fn hold(&mut self, device: &DeviceSpec) -> Result<()> {
+        self.ready()?;
+        let mut held = Holder::open()?.group(&format!("plain-{}", device.engine))?;
+        held.join(self.child.id())?;
+        held.set(device.grant.cpu_millicores)?;
+        self.held = Some(held);
+        Ok(())
     }
 
     /// Starts a loop, waits until it is ready, then holds it to the device's grant.
@@ -139,32 +163,36 @@ impl PlainLoop {
         part: &Part,
     ) -> Result<Self> {
         let mut this = Self::spawn(workspace, device, model, tokens, part)?;
-        this.ready()?;
-        let mut held = Holder::open()?.group(&format!("plain-{}", device.engine))?;
-        held.join(this.child.id())?;
-        held.set(device.grant.cpu_millicores)?;
-        this.held = Some(held);
+        this.hold(device)?;
         Ok(this)
     }
 
     /// Orders `steps` steps that count after `warm_up` others.
     pub(crate) fn order(&mut self, warm_up: u64, steps: u64) -> Result<()> {
-        writeln!(self.orders, "{warm_up} {steps}").context("the plain loop has ended")
+        self.tell(&format!("{warm_up} {steps}"))
+    }
+
+    /// Orders what this loop alone may know.
+    pub(crate) fn tell(&mut self, order: &str) -> Result<()> {
+        writeln!(self.orders, "{order}").context("the plain loop has ended")
     }
 
     /// The answer to the oldest order.
     pub(crate) fn answer(&mut self) -> Result<Measured> {
-        let line = self.line()?;
+        let line = self.line(PATIENCE)?;
         serde_json::from_str(&line).with_context(|| format!("the plain loop answered {line:?}"))
     }
 
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).context("the plain loop cannot be read")?;
-        if line.is_empty() {
-            bail!("the plain loop ended: {:?}", self.child.wait()?);
+    fn line(&mut self, patience: Duration) -> Result<String> {
+        match self.answers.recv_timeout(patience) {
+            Ok(line) => line.context("the plain loop cannot be read"),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("the plain loop did not answer within {} s", patience.as_secs_f64())
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                bail!("the plain loop ended with {}", process::describe(self.child.wait()?))
+            }
         }
-        Ok(line)
     }
 }
 
@@ -245,4 +273,25 @@ fn part(plan: &Plan, device: &DeviceId) -> Result<Option<Part>> {
 /// How much more a worker may take than a plain loop: 15 % or 64 MiB, whichever is more.
 pub(crate) fn allowance_bytes(plain_loop_bytes: u64) -> u64 {
     (plain_loop_bytes * 15 / 100).max(64 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> PlainLoop {
+        PlainLoop::of(Command::new("/bin/sh").args(["-c", script]), &[]).unwrap()
+    }
+
+    #[test]
+    fn a_loop_that_hangs_or_ends_is_an_error() {
+        let mut good = shell("echo ready; read order; echo \"{\\\"seconds\\\":[$order]}\"");
+        good.ready().unwrap();
+        good.tell("0.5").unwrap();
+        assert_eq!(good.answer().unwrap().seconds, [0.5]);
+        let error = shell("exec sleep 1000").line(Duration::from_millis(200)).unwrap_err();
+        assert_eq!(error.to_string(), "the plain loop did not answer within 0.2 s");
+        let error = shell("kill -SEGV $$").ready().unwrap_err();
+        assert_eq!(error.to_string(), "the plain loop ended with signal 11 (SIGSEGV)");
+    }
 }
