@@ -113,7 +113,9 @@ impl Engine for BurnEngine {
             let budget = has.map(|has| self.opened.budget_bytes().map_or(has, |budget| budget.min(has)));
             fits(stages, budget).map_err(|message| failed("load", message))?;
             let stage = |load: &StageLoad| Ok((load.stage, Stage::new(load, device, *largest_tensor_bytes)?));
-            stages.iter().map(stage).collect()
+            let made = stages.iter().map(stage).collect::<Result<BTreeMap<_, _>>>()?;
+            made.values().try_for_each(Stage::is_there)?;
+            Ok(made)
         })?;
         Ok(())
     }
