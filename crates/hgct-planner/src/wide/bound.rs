@@ -17,14 +17,15 @@
 //! devices that hold a layer are D, on `D / g` nodes of g devices or more, so each moves at least
 //! `(1 − g/D)` of its bytes between nodes (or more between kinds, whose links are slower), less what
 //! its last backward hides. The mean over all devices is a resource that pipelines use up
-//! ([`within`]). In a flat ring each holder moves `2 (1 − 1/n)` of its largest stage ([`ring`]).
+//! ([`within`]). In a flat ring each holder moves `2 (1 − 1/n)` of its largest stage, divided by the
+//! least degree of whoever holds the same layers ([`ring`], [`Exchanges::rings`]).
 
 use serde::{Deserialize, Serialize};
 
 use crate::bound::maximise;
 use crate::instance::{Curve, Exchange, Held, Instance, Link, Schedule};
 
-use super::chain::Holding;
+use super::chain::{Holding, Ring};
 use super::dual::{Case, Dual};
 use super::table::Table;
 use super::{Effort, Meter};
@@ -138,8 +139,8 @@ impl Bound {
         let mut dual = Dual::new(&table, &schedules(instance), exchanges.holding, enough, meter);
         let devices = instance.pools.iter().map(|pool| pool.num_devices() as f64);
         let mut shares: Vec<f64> = devices.zip(&self.prices).map(|(n, price)| n * price).collect();
-        shares.extend([0.0, 0.0]);
-        let any = Case { exchange: None, pipelines: None, largest: unlimited(instance) };
+        shares.extend([0.0; 3]);
+        let any = Case { exchange: None, pipelines: None, ring: Ring::free(instance.pools.len()) };
         let fill_s = dual.seconds(&any, enough, 8, &mut shares);
         self.fill_s = self.fill_s.max(fill_s * (1.0 - 1e-9));
         self.exchange_s = self.exchange_s.max(self.fill_s);
@@ -187,52 +188,68 @@ impl<'a> Exchanges<'a> {
                 let (rate, alone) = within(self.instance);
                 let devices = self.instance.num_devices() as f64;
                 let free = alone * gradients(self.instance) * both(self.instance) / rate;
-                let case = |most: f64| Case {
-                    exchange: Some(most * devices + free),
-                    pipelines: None,
-                    largest: unlimited(self.instance),
+                let cases = |_: usize, most: f64| {
+                    let exchange = Some(most * devices + free);
+                    vec![Case { exchange, pipelines: None, ring: Ring::free(self.instance.pools.len()) }]
                 };
-                over_exchanges(dual, &case, least_s, enough, shares)
+                over_exchanges(dual, (1, &cases), least_s, enough, shares)
             }
             Exchange::FlatRing { .. } if self.instance.rules.exchange_overlap > 0.0 || span <= 0.0 => least_s,
             Exchange::FlatRing { bucket_bytes } => {
                 // Any layout has its number of pipelines between two neighbours of these.
                 let most = self.instance.num_devices() as f64;
-                let mut least = enough;
-                for (at, low) in PIPELINES.iter().enumerate().filter(|(_, low)| **low <= most) {
-                    let next = PIPELINES.get(at + 1).filter(|next| **next <= most);
-                    let pipelines = next.map(|next| next - 1.0);
-                    let largest = |seconds: f64| self.largest(*low, seconds, bucket_bytes);
-                    let case = |seconds: f64| Case { exchange: None, pipelines, largest: largest(seconds) };
-                    least = least.min(over_exchanges(dual, &case, least_s, least, shares));
-                    if least <= least_s {
-                        break;
-                    }
-                }
-                least.max(least_s)
+                let num = PIPELINES.iter().filter(|low| **low <= most).count();
+                let cases = |at: usize, seconds: f64| {
+                    let pipelines = PIPELINES[..num].get(at + 1).map(|next| next - 1.0);
+                    let rings = self.rings(PIPELINES[at], seconds, bucket_bytes);
+                    rings.into_iter().map(|ring| Case { exchange: None, pipelines, ring }).collect()
+                };
+                over_exchanges(dual, (num, &cases), least_s, enough, shares)
             }
         }
     }
 
-    /// Gradient bytes of a stage of each pool, divided by its degree, that a ring of so many pipelines
-    /// or more exchanges in `seconds` at most. What a group of layers sends is not more than what a
-    /// stage with its least degree holds, so a bound on that bounds its messages, whose sizes bound the
-    /// rates of links; and the holders on a pool have a link of it on one side at least.
-    fn largest(&self, pipelines: f64, seconds: f64, bucket_bytes: f64) -> Vec<f64> {
+    /// What the rings of so many pipelines or more allow in `seconds`, by what all layers take together
+    /// ([`super::chain`]): no layout is outside of all of these.
+    fn rings(&self, pipelines: f64, seconds: f64, bucket_bytes: f64) -> Vec<Ring> {
         let instance = self.instance;
         if pipelines < 2.0 {
-            return unlimited(instance);
+            return vec![Ring::free(instance.pools.len())];
         }
+        let seconds_a_byte = self.seconds_a_byte(pipelines, seconds, bucket_bytes);
+        let all = gradients(instance);
+        let slowest = seconds_a_byte.iter().copied().fold(0.0, f64::max) * all;
+        let fastest = seconds_a_byte.iter().copied().fold(f64::INFINITY, f64::min) * all;
+        let widest = instance.pools.iter().map(|pool| pool.devices_per_node).max().unwrap_or(1);
+        let fastest = fastest / f64::from(widest);
+        let mut rings = Vec::new();
+        for (at, fewest) in STAGES.iter().enumerate() {
+            let least_s = (*fewest as f64 - 1.0) * seconds;
+            let layers_s = STAGES.get(at + 1).map_or(f64::INFINITY, |next| (*next as f64 - 1.0) * seconds);
+            if least_s <= slowest && layers_s * (1.0 + 1e-9) >= fastest {
+                let layers_s = if layers_s < slowest { layers_s } else { f64::INFINITY };
+                let seconds_a_byte = seconds_a_byte.clone();
+                rings.push(Ring { seconds_a_byte, stage_s: seconds, layers_s, stages: *fewest });
+            }
+        }
+        rings
+    }
+
+    /// Seconds of a gradient byte of a stage of each pool, divided by its degree, in a ring of so many
+    /// pipelines or more that takes no more than `seconds`. What a group of layers sends is not more than
+    /// what a stage with its least degree holds, so a bound on that bounds its messages, whose sizes bound
+    /// the rates of links; and the holders on a pool have a link of it on one side at least.
+    fn seconds_a_byte(&self, pipelines: f64, seconds: f64, bucket_bytes: f64) -> Vec<f64> {
+        let instance = self.instance;
         let mut group = gradients(instance);
-        let mut largest = unlimited(instance);
+        let mut of_pools = Vec::new();
         for _ in 0..3 {
             let messages = group.min(bucket_bytes) / pipelines;
-            for (pool, largest) in largest.iter_mut().enumerate() {
-                *largest = seconds / ring(instance, pool, pipelines, messages);
-            }
-            group = group.min(largest.iter().copied().fold(0.0, f64::max));
+            let pools = 0..instance.pools.len();
+            of_pools = pools.map(|pool| ring(instance, pool, pipelines, messages)).collect();
+            group = group.min(of_pools.iter().map(|rate| seconds / rate).fold(0.0, f64::max));
         }
-        largest
+        of_pools
     }
 }
 
@@ -240,42 +257,50 @@ impl<'a> Exchanges<'a> {
 const PIPELINES: [f64; 15] =
     [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0, 1024.0];
 
-/// No limit to what a stage holds.
-fn unlimited(instance: &Instance) -> Vec<f64> {
-    vec![f64::INFINITY; instance.pools.len()]
-}
+/// Fewest stages of any pipeline by which layouts are bounded apart.
+const STAGES: [usize; 7] = [1, 2, 3, 4, 5, 7, 9];
 
-/// The least of `X + seconds of the pipelines` over all X, which is divided until the least part is
-/// narrow.
+/// The cases of a kind by the seconds of their exchange at most.
+type Cases<'c> = &'c dyn Fn(usize, f64) -> Vec<Case>;
+
+/// The least of `X + seconds of the pipelines` over all X and so many kinds of cases. What is least is
+/// divided, until it is narrow.
 fn over_exchanges(
     dual: &mut Dual<'_, '_, '_>,
-    case: &dyn Fn(f64) -> Case,
+    (kinds, cases): (usize, Cases<'_>),
     least_s: f64,
     enough: f64,
     shares: &[f64],
 ) -> f64 {
     let all = (0.0, enough - least_s);
-    let mut open = vec![Part { seconds: least_s, span: all, own: true, shares: shares.to_vec() }];
-    for _ in 0..PARTS {
+    let part = |kind| Part { kind, seconds: least_s, span: all, own: false, shares: shares.to_vec() };
+    let mut open: Vec<Part> = (0..kinds).map(part).collect();
+    for _ in 0..kinds * PARTS {
         let order = |a: &usize, b: &usize| open[*a].seconds.total_cmp(&open[*b].seconds);
         let Some(at) = (0..open.len()).min_by(order) else { break };
+        let (low, high) = open[at].span;
+        let narrow = high - low < 0.003 * enough;
+        if open[at].seconds >= enough || open[at].own && narrow {
+            break;
+        }
         let mut part = open.swap_remove(at);
-        let (low, high) = part.span;
         if part.own {
-            if high - low < 0.003 * enough {
-                open.push(part);
-                break;
-            }
             let middle = f64::midpoint(low, high);
             let pipelines = part.seconds - low;
             open.push(Part { span: (low, middle), own: false, ..part.clone() });
             open.push(Part { seconds: pipelines + middle, span: (middle, high), ..part });
-        } else {
-            let found = dual.seconds(&case(high), enough - low, 6, &mut part.shares);
-            part.seconds = part.seconds.max(low + found);
-            part.own = true;
-            open.push(part);
+            continue;
         }
+        let mut found = enough - low;
+        for case in cases(part.kind, high) {
+            found = dual.seconds(&case, found, 4, &mut part.shares);
+            if low + found <= part.seconds {
+                break;
+            }
+        }
+        part.seconds = part.seconds.max(low + found);
+        part.own = true;
+        open.push(part);
     }
     open.iter().map(|part| part.seconds).fold(enough, f64::min)
 }
@@ -283,6 +308,7 @@ fn over_exchanges(
 /// A part of what an exchange may take.
 #[derive(Debug, Clone)]
 struct Part {
+    kind: usize,
     /// Seconds of a step at least.
     seconds: f64,
     /// Seconds of the exchange, from and to.
@@ -293,7 +319,7 @@ struct Part {
     shares: Vec<f64>,
 }
 
-/// Parts of the exchange's time that are looked at.
+/// Parts of the exchange's time that are looked at, for each kind of cases.
 const PARTS: usize = 24;
 
 /// Bytes that a gradient byte moves, with the parameters that come back.

@@ -15,6 +15,13 @@
 //! over the fastest link, micro-batches in flight are as few as the fewest stages behind allow, and
 //! optimizer state is divided among all devices. Paces are taken in intervals, with the smaller end
 //! where a small pace helps and the larger one where a large one does.
+//!
+//! In a flat ring a layer takes at least its bytes, divided by the least degree of any of its holders, at
+//! the rate of the slowest of their pools; a stage pays for all of its layers, X at most. Layouts are
+//! divided by what all layers together take, into those of more than `(k − 1) X` and up to `k X`
+//! ([`Ring`]): no pipeline of theirs has fewer than k stages, and at its own degrees and pools, which make
+//! no layer slower than it is, no pipeline takes more than `k X`. The latter is priced (μ a second, with
+//! which the least stays a bound for any μ ≥ 0).
 
 use crate::instance::{Schedule, Transfer, Work};
 
@@ -29,8 +36,35 @@ pub(crate) struct Market {
     pub(crate) exchange: f64,
     /// Samples a pipeline.
     pub(crate) pipeline: f64,
-    /// Gradient bytes of a stage of each pool, divided by its degree, at most.
-    pub(crate) largest: Vec<f64>,
+    /// Samples a second by which a pipeline's layers take longer than [`Ring::layers_s`].
+    pub(crate) layers: f64,
+    pub(crate) ring: Ring,
+}
+
+/// What the rings over the holders of each layer allow.
+#[derive(Debug, Clone)]
+pub(crate) struct Ring {
+    /// Seconds of a gradient byte on a stage of each pool, divided by its degree, at least.
+    pub(crate) seconds_a_byte: Vec<f64>,
+    /// Seconds that a stage pays at most.
+    pub(crate) stage_s: f64,
+    /// Seconds that all layers together take at most.
+    pub(crate) layers_s: f64,
+    /// Stages of each pipeline at least.
+    pub(crate) stages: usize,
+}
+
+impl Ring {
+    /// No ring, or none that matters.
+    pub(crate) fn free(num_pools: usize) -> Self {
+        let seconds_a_byte = vec![0.0; num_pools];
+        Self { seconds_a_byte, stage_s: f64::INFINITY, layers_s: f64::INFINITY, stages: 1 }
+    }
+
+    /// Seconds of bytes by pool, each divided by the degree.
+    pub(crate) fn seconds(&self, bytes: &[f64]) -> f64 {
+        self.seconds_a_byte.iter().zip(bytes).map(|(rate, bytes)| rate * bytes).sum()
+    }
 }
 
 /// Device-seconds that a layer's exchange takes, for each device that holds it.
@@ -43,13 +77,17 @@ pub(crate) struct Holding {
 }
 
 /// The least seconds of any pipeline, with what it takes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Cheapest {
     pub(crate) seconds: f64,
     /// Of its pace, by micro-batch: what a sample's worth of prices is multiplied by.
     pub(crate) weight: f64,
     pub(crate) devices: Vec<f64>,
     pub(crate) exchange: f64,
+    /// Gradient bytes on each pool, divided by degrees: of all its stages, and of the largest.
+    pub(crate) bytes: Vec<f64>,
+    pub(crate) largest: Vec<f64>,
+    pub(crate) stages: usize,
     /// `F − M`.
     pub(crate) fixed: f64,
     /// Of one stage: its pace, of which a step has a whole number, and samples of a micro-batch.
@@ -141,22 +179,30 @@ impl<'t, 'a> Chains<'t, 'a> {
     /// fill, so that nothing is lost by counting whole micro-batches.
     pub(crate) fn singles(&self, market: &Market) -> impl Iterator<Item = Cheapest> {
         let samples = f64::from(self.table.micro_batches[self.size]);
-        let allowed = |of: &&Single| {
+        let ring = &market.ring;
+        let allowed = move |of: &&Single| {
             let pool = self.table.choices[of.choice].pool;
-            of.bytes <= market.largest[pool] * (1.0 + 1e-9)
+            let most = ring.stage_s.min(ring.layers_s) * (1.0 + 1e-9);
+            ring.stages <= 1 && of.bytes * ring.seconds_a_byte[pool] <= most
         };
         self.singles.iter().filter(allowed).map(move |of| {
             let choice = &self.table.choices[of.choice];
-            let mut devices = vec![0.0; self.table.instance.pools.len()];
-            devices[choice.pool] = f64::from(choice.devices);
-            let price = market.devices[choice.pool] * devices[choice.pool]
-                + market.exchange * of.exchange
-                + market.pipeline;
+            let on = |what: f64| {
+                let mut by_pool = vec![0.0; self.table.instance.pools.len()];
+                by_pool[choice.pool] = what;
+                by_pool
+            };
+            let devices = f64::from(choice.devices);
+            let price =
+                market.devices[choice.pool] * devices + market.exchange * of.exchange + market.pipeline;
             Cheapest {
                 seconds: (price / samples * (1.0 - 1e-9)).ceil().max(0.0) * of.pace,
                 weight: of.pace / samples,
-                devices,
+                devices: on(devices),
                 exchange: of.exchange,
+                bytes: on(of.bytes),
+                largest: on(of.bytes),
+                stages: 1,
                 fixed: 0.0,
                 whole: Some((of.pace, samples)),
             }
@@ -204,7 +250,7 @@ impl<'t, 'a> Chains<'t, 'a> {
     /// that is cheapest for it alone, with its part of a stage that is as slow as allowed.
     pub(crate) fn at_least(&self, market: &Market, (low, high): (f64, f64)) -> f64 {
         let weight = f64::from(self.table.micro_batches[self.size]) / low;
-        let mut price = market.pipeline;
+        let mut price = market.pipeline - layers_price(market);
         let mut layer = 0;
         for run in &self.table.instance.runs {
             let of = |way: &Way| {
@@ -214,11 +260,13 @@ impl<'t, 'a> Chains<'t, 'a> {
                     return f64::INFINITY;
                 }
                 let of = &self.table.choices[way.choice];
+                let bytes = between(&self.table.gradient) / f64::from(of.degree);
                 // A stage of its own has its devices, and two ends.
                 let stage = market.devices[of.pool] * f64::from(of.devices) + 2.0 * weight * way.handing;
                 stage * compute / (high * (1.0 + 1e-9))
                     + weight * between(&way.fill)
                     + market.exchange * between(&way.exchange)
+                    + market.layers * market.ring.seconds_a_byte[of.pool] * bytes
             };
             price += f64::from(run.count) * self.ways.iter().map(of).fold(f64::INFINITY, f64::min);
             layer += run.count as usize;
@@ -233,110 +281,227 @@ impl<'t, 'a> Chains<'t, 'a> {
         if self.table.instance.rules.transfer == Transfer::Overlapped { free } else { free.min(pace) }
     }
 
-    /// Steps that a question takes, about.
+    /// Numbers of stages that are told apart, the last of them "as many or more": for the rules of
+    /// transfers and for the fewest that the ring allows.
+    fn levels(&self, ring: &Ring) -> usize {
+        let of_rules = if self.published() { DOUBLED } else { 1 };
+        of_rules.max(ring.stages.min(MOST_LEVELS) - 1)
+    }
+
+    fn published(&self) -> bool {
+        self.table.instance.rules.transfer == Transfer::Published
+    }
+
+    /// Steps that a question takes, about. Levels are not counted: rules that need several do not shorten
+    /// a proof.
     pub(crate) fn work(&self) -> u64 {
         4 * (self.table.num_layers * self.ways.len()) as u64
     }
 
-    /// The cheapest pipeline of several stages with a pace of `low` to `high`; `None` if there is none. Work: about
-    /// `layers · ways` steps, times the layers of a stage.
+    /// The cheapest pipeline of several stages with a pace of `low` to `high`; `None` if there is none.
+    /// Work: about `layers · ways · levels` steps, times the layers of a stage.
     pub(crate) fn cheapest(&self, market: &Market, (low, high): (f64, f64)) -> Option<Cheapest> {
         let table = self.table;
         let layers = table.num_layers;
-        let samples = f64::from(table.micro_batches[self.size]);
-        let weight = samples / low;
+        let weight = f64::from(table.micro_batches[self.size]) / low;
         let serial = table.instance.rules.transfer != Transfer::Overlapped;
-        let mut least = vec![f64::INFINITY; layers + 1];
-        // (end, way) of the first stage of the best suffix, and the fewest stages of any.
-        let mut best = vec![(0usize, 0usize); layers + 1];
-        let mut fewest = vec![usize::MAX; layers + 1];
-        (least[layers], fewest[layers]) = (0.0, 0);
-        let fixed: Vec<f64> = self
-            .ways
-            .iter()
-            .map(|way| {
-                let of = &table.choices[way.choice];
-                market.devices[of.pool] * f64::from(of.devices)
-            })
-            .collect();
-        // Price of the layers before each layer.
-        let sums: Vec<Vec<f64>> = self
-            .ways
-            .iter()
-            .map(|way| {
-                let both = way.fill.iter().zip(&way.exchange);
-                both.map(|(fill, exchange)| weight * fill + market.exchange * exchange).collect()
-            })
-            .collect();
-        let mut starts = vec![layers - 1; self.ways.len()];
-        let mut short = vec![false; self.ways.len()];
+        let published = self.published();
+        let ring = &market.ring;
+        let levels = self.levels(ring);
+        let mut suffixes = Suffixes::new(layers, levels);
+        let mut whole: Option<Suffix> = None;
+        let ways: Vec<Priced> = self.ways.iter().map(|way| self.priced(way, market, weight)).collect();
+        let mut starts = vec![layers - 1; ways.len()];
+        let mut short = vec![false; ways.len() * (levels + 1)];
         for end in (1..=layers).rev() {
-            if least[end].is_infinite() {
-                continue;
-            }
             for (at, way) in self.ways.iter().enumerate() {
-                if way.plain.is_some_and(|plain| !short[plain]) {
-                    // Recompute is of use only where memory is short.
-                    continue;
-                }
-                let degree = f64::from(table.choices[way.choice].degree);
-                let handing = if serial && end < layers { way.handing } else { 0.0 };
-                let pace = high * (1.0 + 1e-9) - handing;
-                let largest = market.largest[table.choices[way.choice].pool];
-                let bytes = largest * degree * (1.0 + 1e-9);
-                let in_pace = |first: usize| {
-                    way.compute[end] - way.compute[first] <= pace
-                        && table.gradient[end] - table.gradient[first] <= bytes
+                let priced = &ways[at];
+                // Ends of a stage that begins after the first layer, and of one that begins with it.
+                let last = end == layers;
+                let before = if last && published { 2.0 } else { 1.0 };
+                let after = if last { 0.0 } else { 1.0 };
+                let allowed = |first: usize, ends: f64| {
+                    let handing = if serial { ends * way.handing } else { 0.0 };
+                    way.compute[end] - way.compute[first] + handing <= high * (1.0 + 1e-9)
+                        && table.gradient[end] - table.gradient[first] <= priced.bytes
                 };
-                let mut start = starts[at].min(end);
-                while start < end && !in_pace(start) {
+                let mut start = starts[at].min(end).max(1);
+                while start < end && !allowed(start, before + after) {
                     start += 1;
                 }
-                while start > 0 && in_pace(start - 1) {
+                while start > 1 && allowed(start - 1, before + after) {
                     start -= 1;
                 }
                 starts[at] = start;
-                let fitting = self.fitting(at, fewest[end], end);
-                short[at] = fitting > start;
-                let start = start.max(fitting);
-                let after = if end < layers { weight * way.handing } else { 0.0 };
-                let with = least[end] + fixed[at] + after + sums[at][end];
-                // Those of one stage are counted exactly, elsewhere.
-                let least_first = usize::from(end == layers);
-                for first in start.max(least_first)..end {
-                    let before = if first > 0 { weight * way.handing } else { 0.0 };
-                    let price = with - sums[at][first] + before;
-                    if price < least[first] {
-                        least[first] = price;
-                        best[first] = (end, at);
+                for level in 0..=levels {
+                    let behind = suffixes.at(level, end);
+                    if behind.price.is_infinite()
+                        || way.plain.is_some_and(|plain| !short[plain * (levels + 1) + level])
+                    {
+                        // Recompute is of use only where memory is short.
+                        continue;
                     }
-                    fewest[first] = fewest[first].min(fewest[end] + 1);
+                    let fitting = self.fitting(at, behind.stages, end);
+                    let doubled = if published && level >= DOUBLED { 2.0 * after } else { after };
+                    // Those of one stage are counted exactly, elsewhere.
+                    let is_first =
+                        !last && behind.stages + 1 >= ring.stages.min(MOST_LEVELS) && allowed(0, doubled);
+                    short[at * (levels + 1) + level] = fitting > if is_first { 0 } else { start };
+                    let with = behind.price + priced.stage + priced.sums[end];
+                    let next = (level + 1).min(levels);
+                    for first in start.max(fitting)..end {
+                        let price = with - priced.sums[first] + (before + after) * priced.end;
+                        suffixes.offer(
+                            next,
+                            first,
+                            Suffix { price, end, way: at, level, stages: behind.stages + 1 },
+                        );
+                    }
+                    if is_first && fitting == 0 {
+                        let price = with - priced.sums[0] + doubled * priced.end;
+                        if whole.is_none_or(|best| price < best.price) {
+                            whole = Some(Suffix { price, end, way: at, level, stages: behind.stages + 1 });
+                        }
+                    }
                 }
             }
         }
-        if least[0].is_infinite() {
-            return None;
+        whole.map(|first| self.follow(first, &suffixes, market, (low, weight)))
+    }
+
+    fn priced(&self, way: &Way, market: &Market, weight: f64) -> Priced {
+        let of = &self.table.choices[way.choice];
+        let degree = f64::from(of.degree);
+        let seconds_a_byte = market.ring.seconds_a_byte[of.pool] / degree;
+        let bytes = if market.ring.stage_s.is_finite() {
+            market.ring.stage_s / seconds_a_byte * (1.0 + 1e-9)
+        } else {
+            f64::INFINITY
+        };
+        let sums = way.fill.iter().zip(&way.exchange).zip(&self.table.gradient);
+        let sum = |((fill, exchange), bytes): ((&f64, &f64), &f64)| {
+            weight * fill + market.exchange * exchange + market.layers * seconds_a_byte * bytes
+        };
+        Priced {
+            stage: market.devices[of.pool] * f64::from(of.devices),
+            end: weight * way.handing,
+            sums: sums.map(sum).collect(),
+            bytes,
         }
-        let free = self.free(low);
+    }
+
+    /// The pipeline that begins with that stage.
+    fn follow(
+        &self,
+        first: Suffix,
+        suffixes: &Suffixes,
+        market: &Market,
+        (low, weight): (f64, f64),
+    ) -> Cheapest {
+        let table = self.table;
+        let serial = table.instance.rules.transfer != Transfer::Overlapped;
+        let none = vec![0.0; table.instance.pools.len()];
         let mut found = Cheapest {
-            seconds: (least[0] + market.pipeline) / weight - free,
-            weight: 1.0 / weight,
-            devices: vec![0.0; table.instance.pools.len()],
+            seconds: (first.price + market.pipeline - layers_price(market)) / weight - self.free(low),
+            weight: 0.0,
+            devices: none.clone(),
             exchange: 0.0,
-            fixed: -free,
+            bytes: none.clone(),
+            largest: none,
+            stages: 0,
+            fixed: 0.0,
             whole: None,
         };
-        let mut first = 0;
-        while first < layers {
-            let (end, at) = best[first];
-            let way = &self.ways[at];
+        let (mut layer, mut next, mut pace) = (0, first, 0.0f64);
+        loop {
+            let way = &self.ways[next.way];
             let of = &table.choices[way.choice];
             found.devices[of.pool] += f64::from(of.devices);
-            found.exchange += way.exchange[end] - way.exchange[first];
-            let ends = u32::from(end < layers) + u32::from(first > 0);
-            found.fixed += way.fill[end] - way.fill[first] + f64::from(ends) * way.handing;
-            first = end;
+            found.exchange += way.exchange[next.end] - way.exchange[layer];
+            let bytes = (table.gradient[next.end] - table.gradient[layer]) / f64::from(of.degree);
+            found.bytes[of.pool] += bytes;
+            found.largest[of.pool] = found.largest[of.pool].max(bytes);
+            found.stages += 1;
+            let mut ends = f64::from(u32::from(next.end < table.num_layers) + u32::from(layer > 0));
+            let is_doubled = next.end == table.num_layers || layer == 0 && next.level >= DOUBLED;
+            if self.published() && is_doubled {
+                ends *= 2.0;
+            }
+            let (compute, handing) = (way.compute[next.end] - way.compute[layer], ends * way.handing);
+            pace = pace.max(if serial { compute + handing } else { compute.max(handing) });
+            found.fixed += way.fill[next.end] - way.fill[layer] + handing;
+            layer = next.end;
+            if layer == table.num_layers {
+                // Its own pace: the ends of a wide interval would make it look better than it is.
+                found.weight = pace / f64::from(table.micro_batches[self.size]);
+                found.fixed -= self.free(pace);
+                return found;
+            }
+            next = suffixes.at(next.level, layer);
         }
-        Some(found)
+    }
+}
+
+/// What the layers of each pipeline may take, priced.
+fn layers_price(market: &Market) -> f64 {
+    if market.layers > 0.0 { market.layers * market.ring.layers_s } else { 0.0 }
+}
+
+/// Stages behind the first one from which on published transfers count its activation twice.
+const DOUBLED: usize = 3;
+/// Numbers of stages that are told apart at most.
+const MOST_LEVELS: usize = 8;
+
+/// A way at given prices.
+struct Priced {
+    /// Of a stage.
+    stage: f64,
+    /// Of an end of a stage.
+    end: f64,
+    /// Of the layers before each layer.
+    sums: Vec<f64>,
+    /// Gradient bytes of a stage at most.
+    bytes: f64,
+}
+
+/// The last stages of a pipeline, by their first one.
+#[derive(Debug, Clone, Copy)]
+struct Suffix {
+    price: f64,
+    /// Layer past the stage.
+    end: usize,
+    way: usize,
+    /// Level of the stages behind it.
+    level: usize,
+    /// Stages at least, with the first.
+    stages: usize,
+}
+
+/// The cheapest suffixes, by number of stages and by first layer.
+struct Suffixes {
+    width: usize,
+    best: Vec<Suffix>,
+}
+
+impl Suffixes {
+    fn new(layers: usize, levels: usize) -> Self {
+        let none = Suffix { price: f64::INFINITY, end: layers, way: 0, level: 0, stages: usize::MAX };
+        let mut best = vec![none; (levels + 1) * (layers + 1)];
+        best[layers] = Suffix { price: 0.0, stages: 0, ..none };
+        Self { width: layers + 1, best }
+    }
+
+    fn at(&self, level: usize, first: usize) -> Suffix {
+        self.best[level * self.width + first]
+    }
+
+    /// Takes what is cheaper, and the fewest stages of any.
+    fn offer(&mut self, level: usize, first: usize, new: Suffix) {
+        let best = &mut self.best[level * self.width + first];
+        let stages = best.stages.min(new.stages);
+        if new.price < best.price {
+            *best = new;
+        }
+        best.stages = stages;
     }
 }

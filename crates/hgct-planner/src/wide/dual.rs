@@ -8,14 +8,14 @@
 //! programme. Whatever prices come out, the bound is valid.
 //!
 //! X is not known, so it is divided into intervals: at least the lower end for the time that is lost,
-//! at most the upper end for what may be exchanged. What a layout must exchange (`E`, or the largest
-//! stage) is in [`Exchanges`].
+//! at most the upper end for what may be exchanged. What a layout must exchange (`E`, or the rings of
+//! its layers) is in [`Exchanges`].
 
 use crate::bound::maximise;
 use crate::instance::{Exchange, Instance, Schedule};
 
 use super::Meter;
-use super::chain::{Chains, Cheapest, Holding, Market};
+use super::chain::{Chains, Cheapest, Holding, Market, Ring};
 use super::table::Table;
 
 /// What is known of a layout in one case.
@@ -25,15 +25,14 @@ pub(crate) struct Case {
     pub(crate) exchange: Option<f64>,
     /// Pipelines at most.
     pub(crate) pipelines: Option<f64>,
-    /// Gradient bytes of a stage of each pool at most, divided by its degree.
-    pub(crate) largest: Vec<f64>,
+    pub(crate) ring: Ring,
 }
 
-/// Rows of the linear programme, kept from case to case: they hold in all that allow the same stages.
+/// Rows of the linear programme, kept from case to case: they hold in all that allow their stages.
 pub(crate) struct Dual<'t, 'a, 'm> {
     instance: &'a Instance,
     chains: Vec<Chains<'t, 'a>>,
-    rows: Vec<(Vec<f64>, Cheapest)>,
+    rows: Vec<Cheapest>,
     /// Longest pace that is of interest.
     longest: f64,
     meter: &'t mut Meter<'m>,
@@ -42,7 +41,8 @@ pub(crate) struct Dual<'t, 'a, 'm> {
 /// Seconds at least, chains, interval of paces, and the pipeline once it was asked for.
 type Open = (f64, usize, (f64, f64), Option<Cheapest>);
 
-/// Prices, as parts of the batch: all devices of each pool, all exchange, all pipelines.
+/// Prices, as parts of the batch: all devices of each pool, all exchange, all pipelines; and a ring's
+/// longest stage, which is no part of it.
 type Shares = Vec<f64>;
 
 impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
@@ -67,17 +67,19 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     /// stop. `shares` are the first prices, and the last ones afterwards.
     pub(crate) fn seconds(&mut self, case: &Case, enough: f64, rounds: u32, shares: &mut Shares) -> f64 {
         let mut best = 0.0f64;
-        if self.rows.len() > 8 {
+        let mut solved = self.rows.len() > 8;
+        if solved {
             self.solve(case, shares, None);
         }
         for _ in 0..rounds {
-            let Some(found) = self.cheapest(case, shares, enough) else { break };
+            let Some((found, is_new)) = self.cheapest(case, shares, enough) else { break };
             best = best.max(found);
-            if best >= enough {
+            if best >= enough || solved && !is_new {
                 break;
             }
             let most = self.solve(case, shares, None);
-            if most - best < 0.002 * most {
+            solved = true;
+            if most - best < CLOSE * most {
                 break;
             }
         }
@@ -105,7 +107,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 if self.solve(case, &mut tried, Some(guess)) < guess {
                     break;
                 }
-                let Some(found) = self.cheapest(case, &tried, guess) else { break };
+                let Some((found, _)) = self.cheapest(case, &tried, guess) else { break };
                 if found > best {
                     best = found;
                     shares.clone_from(&tried);
@@ -126,8 +128,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     fn units(&self, case: &Case) -> Vec<f64> {
         let batch = f64::from(self.instance.global_batch);
         let pools = self.instance.pools.iter().map(|pool| pool.num_devices() as f64);
+        let exchange = case.exchange.unwrap_or(f64::INFINITY);
         pools
-            .chain([case.exchange.unwrap_or(f64::INFINITY), case.pipelines.unwrap_or(f64::INFINITY)])
+            .chain([exchange, case.pipelines.unwrap_or(f64::INFINITY), case.ring.stage_s])
             .map(|there| batch / there.max(1e-12))
             .collect()
     }
@@ -140,7 +143,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             devices: priced[..pools].to_vec(),
             exchange: priced[pools],
             pipeline: priced[pools + 1],
-            largest: case.largest.clone(),
+            // Without a limit there is nothing to pay for.
+            layers: if case.ring.layers_s.is_finite() { priced[pools + 2] } else { 0.0 },
+            ring: case.ring.clone(),
         }
     }
 
@@ -150,10 +155,10 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
         self.chains.iter().flat_map(|chains| chains.singles(&market)).collect()
     }
 
-    /// The least seconds of any pipeline at these prices, which becomes a row; infinite if there is
-    /// none, `None` when out of nodes.
+    /// The least seconds of any pipeline at these prices, which becomes a row, and whether it was none
+    /// before; infinite if there is no pipeline, `None` when out of nodes.
     /// Intervals of paces are halved, the most promising first, until they are narrow.
-    fn cheapest(&mut self, case: &Case, shares: &Shares, enough: f64) -> Option<f64> {
+    fn cheapest(&mut self, case: &Case, shares: &Shares, enough: f64) -> Option<(f64, bool)> {
         let market = self.market(case, shares);
         let mut open: Vec<Open> = Vec::new();
         for single in self.singles(case, shares) {
@@ -180,15 +185,29 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 continue;
             };
             if high < low * NARROW || seconds >= enough {
-                self.rows.push((case.largest.clone(), found));
-                return Some(seconds);
+                let is_new = self.keep(found);
+                return Some((seconds, is_new));
             }
             let middle = (low * high).sqrt();
             for span in [(low, middle), (middle, high)] {
                 open.push((chains.at_least(&market, span).max(seconds), of, span, None));
             }
         }
-        Some(f64::INFINITY)
+        Some((f64::INFINITY, false))
+    }
+
+    /// Makes a pipeline a row; the oldest makes room.
+    fn keep(&mut self, mut found: Cheapest) -> bool {
+        // Of the prices at which it was found.
+        found.seconds = 0.0;
+        if self.rows.contains(&found) {
+            return false;
+        }
+        if self.rows.len() == ROWS {
+            self.rows.remove(0);
+        }
+        self.rows.push(found);
+        true
     }
 
     /// The best prices for the rows that are known, with their seconds. `guess`: those of one stage do
@@ -196,9 +215,13 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     fn solve(&self, case: &Case, shares: &mut Shares, guess: Option<f64>) -> f64 {
         let units = self.units(case);
         let pools = self.instance.pools.len();
-        let inside = |largest: &Vec<f64>| largest.iter().zip(&case.largest).all(|(a, b)| a <= b);
-        let mut rows: Vec<Cheapest> =
-            self.rows.iter().filter(|(largest, _)| inside(largest)).map(|(_, row)| row.clone()).collect();
+        let ring = &case.ring;
+        let inside = |row: &&Cheapest| {
+            let stages = row.largest.iter().zip(&ring.seconds_a_byte);
+            let most = ring.stage_s * (1.0 + 1e-9);
+            row.stages >= ring.stages && stages.into_iter().all(|(bytes, rate)| bytes * rate <= most)
+        };
+        let mut rows: Vec<Cheapest> = self.rows.iter().filter(inside).cloned().collect();
         if let Some(guess) = guess {
             rows.retain(|row| row.whole.is_none());
             for mut row in self.singles(case, shares) {
@@ -218,12 +241,20 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             line.extend(row.devices.iter().zip(&units).map(|(n, unit)| -row.weight * n * unit));
             line.push(if case.exchange.is_some() { -row.weight * row.exchange * units[pools] } else { 0.0 });
             line.push(if case.pipelines.is_some() { -row.weight * units[pools + 1] } else { 0.0 });
+            // What is counted in whole micro-batches is not priced by its layers.
+            let priced = ring.layers_s.is_finite() && row.whole.is_none();
+            let over = ring.seconds(&row.bytes) - ring.layers_s;
+            line.push(if priced { -row.weight * over * units[pools + 2] } else { 0.0 });
             lines.push((line, row.fixed - least));
         }
-        let mut sum = vec![1.0; pools + 3];
-        sum[0] = 0.0;
+        let mut sum = vec![1.0; pools + 4];
+        (sum[0], sum[pools + 3]) = (0.0, 0.0);
         lines.push((sum, 1.0));
-        let mut goal = vec![0.0; pools + 3];
+        // Where no pipeline that is known keeps within its layers' time, nothing else would limit this.
+        let mut layers = vec![0.0; pools + 4];
+        layers[pools + 3] = 1.0;
+        lines.push((layers, 1.0));
+        let mut goal = vec![0.0; pools + 4];
         goal[0] = 1.0;
         let solution = maximise(&goal, lines);
         shares.clear();
@@ -234,9 +265,12 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
         if case.pipelines.is_none() {
             shares[pools + 1] = 0.0;
         }
-        let sum: f64 = shares.iter().sum();
+        if ring.layers_s.is_infinite() {
+            shares[pools + 2] = 0.0;
+        }
+        let sum: f64 = shares[..pools + 2].iter().sum();
         if sum > 0.0 {
-            for share in shares.iter_mut() {
+            for share in &mut shares[..pools + 2] {
                 *share /= sum;
             }
         }
@@ -244,9 +278,14 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     }
 }
 
+/// Rows that are kept.
+const ROWS: usize = 250;
 /// Times that are guessed for whole micro-batches, and prices that are sought for each.
 const WHOLE_GUESSES: u32 = 7;
 const WHOLE_ROUNDS: u32 = 5;
+/// Part of its seconds by which a bound may be short of what its rows allow: about what narrow intervals
+/// lose.
+const CLOSE: f64 = 0.01;
 /// Ratio of the ends of a first interval of paces.
 const FIRST: f64 = 2.0;
 /// Ratio below which an interval is not halved.
