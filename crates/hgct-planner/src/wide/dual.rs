@@ -35,6 +35,8 @@ pub(crate) struct Dual<'t, 'a, 'm> {
     rows: Vec<Cheapest>,
     /// Longest pace that is of interest.
     longest: f64,
+    /// Part of its seconds by which a bound may be short of what its rows allow.
+    close: f64,
     meter: &'t mut Meter<'m>,
 }
 
@@ -60,7 +62,10 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             })
             .filter(|chains| !chains.is_empty())
             .collect();
-        Self { instance: table.instance, chains, rows: Vec::new(), longest, meter }
+        // In a ring there are many cases, and narrow intervals lose about as much.
+        let rings = matches!(table.instance.rules.exchange, Exchange::FlatRing { .. });
+        let close = if rings { 0.01 } else { 0.002 };
+        Self { instance: table.instance, chains, rows: Vec::new(), longest, close, meter }
     }
 
     /// Seconds that pipelines of the case take at least; no more than `enough`, which is reason to
@@ -79,7 +84,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             }
             let most = self.solve(case, shares, None);
             solved = true;
-            if most - best < CLOSE * most {
+            if most - best < self.close * most {
                 break;
             }
         }
@@ -283,9 +288,6 @@ const ROWS: usize = 250;
 /// Times that are guessed for whole micro-batches, and prices that are sought for each.
 const WHOLE_GUESSES: u32 = 7;
 const WHOLE_ROUNDS: u32 = 5;
-/// Part of its seconds by which a bound may be short of what its rows allow: about what narrow intervals
-/// lose.
-const CLOSE: f64 = 0.01;
 /// Ratio of the ends of a first interval of paces.
 const FIRST: f64 = 2.0;
 /// Ratio below which an interval is not halved.
