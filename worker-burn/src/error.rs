@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use hgct_worker::{Error, Result};
+use hgct_worker::{Error, Result, panic_message};
 
 /// The engine's name.
 pub(crate) const NAME: &str = "burn";
@@ -10,11 +10,8 @@ pub(crate) const NAME: &str = "burn";
 /// Runs `body`; a panic inside of Burn or wgpu, which is how both tell of most failures, becomes an
 /// error like any other.
 pub(crate) fn guarded<T>(operation: &'static str, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message");
-        Err(failed(operation, text))
-    })
+    catch_unwind(AssertUnwindSafe(body))
+        .unwrap_or_else(|panic| Err(failed(operation, panic_message(panic.as_ref()))))
 }
 
 pub(crate) fn failed(operation: &'static str, message: impl AsRef<str>) -> Error {

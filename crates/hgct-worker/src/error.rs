@@ -81,6 +81,12 @@ pub enum Error {
     },
 }
 
+/// What a panic says.
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
+}
+
 /// An error with all its causes, for a log or a report.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -11,4 +11,4 @@ pub mod reference;
 pub mod runtime;
 pub mod train;
 
-pub use error::{Error, Result, error_chain};
+pub use error::{Error, Result, error_chain, panic_message};

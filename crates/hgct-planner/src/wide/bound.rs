@@ -293,7 +293,7 @@ fn over_exchanges(
         }
         let mut found = enough - low;
         for case in cases(part.kind, high) {
-            found = dual.seconds(&case, found, if kinds > 1 { 4 } else { 6 }, &mut part.shares);
+            found = dual.seconds(&case, found, if dual.rings { 4 } else { 6 }, &mut part.shares);
             if low + found <= part.seconds {
                 break;
             }

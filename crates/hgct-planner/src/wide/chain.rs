@@ -25,7 +25,7 @@
 
 use crate::instance::{Schedule, Transfer, Work};
 
-use super::table::Table;
+use super::table::{StageTime, Table};
 
 /// Prices and limits of one question.
 #[derive(Debug, Clone)]
@@ -349,18 +349,15 @@ impl<'t, 'a> Chains<'t, 'a> {
                     short[at * (levels + 1) + level] = fitting > if is_first { 0 } else { start };
                     let with = behind.price + priced.stage + priced.sums[end];
                     let next = (level + 1).min(levels);
+                    let suffix = |price| Suffix { price, end, way: at, level, stages: behind.stages + 1 };
                     for first in start.max(fitting)..end {
                         let price = with - priced.sums[first] + (before + after) * priced.end;
-                        suffixes.offer(
-                            next,
-                            first,
-                            Suffix { price, end, way: at, level, stages: behind.stages + 1 },
-                        );
+                        suffixes.offer(next, first, suffix(price));
                     }
                     if is_first && fitting == 0 {
                         let price = with - priced.sums[0] + doubled * priced.end;
                         if whole.is_none_or(|best| price < best.price) {
-                            whole = Some(Suffix { price, end, way: at, level, stages: behind.stages + 1 });
+                            whole = Some(suffix(price));
                         }
                     }
                 }
@@ -399,7 +396,6 @@ impl<'t, 'a> Chains<'t, 'a> {
         (low, weight): (f64, f64),
     ) -> Cheapest {
         let table = self.table;
-        let serial = table.instance.rules.transfer != Transfer::Overlapped;
         let none = vec![0.0; table.instance.pools.len()];
         let mut found = Cheapest {
             seconds: (first.price + market.pipeline - layers_price(market)) / weight - self.free(low),
@@ -428,7 +424,7 @@ impl<'t, 'a> Chains<'t, 'a> {
                 ends *= 2.0;
             }
             let (compute, handing) = (way.compute[next.end] - way.compute[layer], ends * way.handing);
-            pace = pace.max(if serial { compute + handing } else { compute.max(handing) });
+            pace = pace.max(table.pace(StageTime { forward: 0.0, backward: compute, transfer: handing }));
             found.fixed += way.fill[next.end] - way.fill[layer] + handing;
             layer = next.end;
             if layer == table.num_layers {

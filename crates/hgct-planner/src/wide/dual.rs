@@ -35,8 +35,9 @@ pub(crate) struct Dual<'t, 'a, 'm> {
     rows: Vec<Cheapest>,
     /// Longest pace that is of interest.
     longest: f64,
-    /// Part of its seconds by which a bound may be short of what its rows allow.
-    close: f64,
+    /// Whether layers are exchanged in rings: many cases, whose narrow intervals lose about as much as a
+    /// bound may be short of what its rows allow.
+    pub(crate) rings: bool,
     meter: &'t mut Meter<'m>,
 }
 
@@ -62,10 +63,8 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             })
             .filter(|chains| !chains.is_empty())
             .collect();
-        // In a ring there are many cases, and narrow intervals lose about as much.
         let rings = matches!(table.instance.rules.exchange, Exchange::FlatRing { .. });
-        let close = if rings { 0.01 } else { 0.002 };
-        Self { instance: table.instance, chains, rows: Vec::new(), longest, close, meter }
+        Self { instance: table.instance, chains, rows: Vec::new(), longest, rings, meter }
     }
 
     /// Seconds that pipelines of the case take at least; no more than `enough`, which is reason to
@@ -84,7 +83,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             }
             let most = self.solve(case, shares, None);
             solved = true;
-            if most - best < self.close * most {
+            if most - best < if self.rings { 0.01 } else { 0.002 } * most {
                 break;
             }
         }
@@ -96,8 +95,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     /// over single devices, which small models have: elsewhere steps have far more micro-batches.
     fn with_whole(&mut self, case: &Case, enough: f64, least: f64, shares: &mut Shares) -> f64 {
         let mut best = least;
-        let rings = matches!(self.instance.rules.exchange, Exchange::FlatRing { .. });
-        if !rings || best >= enough || self.singles(case, shares).is_empty() {
+        if !self.rings || best >= enough || self.singles(case, shares).is_empty() {
             return best;
         }
         let mut high = enough;

@@ -21,6 +21,7 @@ use hgct_core::check::{CheckReport, CheckRow, Verdict};
 use hgct_core::ids::{DeviceId, Kind};
 
 use crate::engine::Engine;
+use crate::panic_message;
 use checks::{CHECKS, Check};
 
 /// What a check found: a row's verdict, error, tolerance and message.
@@ -111,11 +112,6 @@ fn row(engine: &mut dyn Engine, check: &Check, end: Instant, budget: Duration, p
         seconds: start.elapsed().as_secs_f64(),
         message,
     }
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
 }
 
 #[cfg(test)]

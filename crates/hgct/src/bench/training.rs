@@ -159,9 +159,9 @@ fn measure(
         bail!("the benchmark needs control groups for its quotas: run it as root ({})", fleet.isolation_note);
     }
     let mut loaded = loaded.clone();
-    let mut counted = that_count(&fleet.cluster);
+    let has_software = that_count(&fleet.cluster) != fleet.cluster;
     let mut profile_budget = PROFILE_BUDGET;
-    if counted != fleet.cluster {
+    if has_software {
         // Larger micro-batches would take it minutes each.
         loaded.job.policy.micro_batches[0] = 1;
         profile_budget = SOFTWARE_PROFILE_BUDGET;
@@ -171,7 +171,7 @@ fn measure(
     if fleet.devices().len() < devices.len() {
         bail!("a kind that is to be compared could not be measured: the reason stands above");
     }
-    counted = that_count(&fleet.cluster);
+    let counted = that_count(&fleet.cluster);
     let meta = &data.prepared.meta;
     session.offer(&[(meta.train.sha256.clone(), data.prepared.train_path())])?;
     if args.global_batch.is_none() {
@@ -179,7 +179,7 @@ fn measure(
     }
     let loaded = &loaded;
     let mut candidates = candidates(loaded, &counted, &profile, args.quick)?;
-    if counted != fleet.cluster {
+    if has_software {
         candidates.push(with_software(loaded, &fleet.cluster, &profile)?);
     }
     let alone: Vec<(DeviceSpec, Plan)> = alone_plans(loaded, &fleet.cluster, &profile)?;

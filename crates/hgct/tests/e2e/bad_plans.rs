@@ -1,16 +1,14 @@
 //! What `hgct plan` is given and cannot plan: exit code 2, one error that says what to do.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::planning::{CLUSTER, CONFIG, Documents};
-use crate::support::BINARY;
 
 /// The error of any call that must fail with exit code 2.
 fn refused(documents: &Documents, args: &[&str]) -> String {
-    let output = Command::new(BINARY).current_dir(documents.path("")).args(args).output().unwrap();
+    let output = documents.hgct(args);
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
     error

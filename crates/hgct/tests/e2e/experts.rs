@@ -1,11 +1,8 @@
 //! A mixture of experts from its `config.json` to a plan, a simulated step and another program's words.
 
-use std::process::{Command, Output};
-
 use serde_json::Value;
 
 use crate::planning::Documents;
-use crate::support::BINARY;
 
 /// Mixtral 8x7B with 8 of its 32 layers.
 const MIXTRAL: &str = r#"{"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
@@ -43,9 +40,6 @@ fn divided_experts_are_planned_simulated_and_exported() {
     let documents = Documents::new();
     documents.put("config.json", MIXTRAL);
     documents.put("cluster.toml", CLUSTER);
-    let hgct = |args: &[&str]| -> Output {
-        Command::new(BINARY).current_dir(documents.path("")).args(args).output().unwrap()
-    };
     let answer = documents.json(&["--seq-len", "2048", "--schedules", "1f1b", "-o", "plan.json"]);
     let rows = answer["rows"].as_array().unwrap();
     for row in rows {
@@ -58,7 +52,7 @@ fn divided_experts_are_planned_simulated_and_exported() {
         assert!(rows.iter().any(|row| row["kind"] == kind), "{kind} is idle: {rows:?}");
     }
 
-    let output = hgct(&["simulate", "plan.json", "--json"]);
+    let output = documents.hgct(&["simulate", "plan.json", "--json"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let figures: Value = serde_json::from_slice(&output.stdout).unwrap();
     let of = |key: &str| figures[key].as_f64().unwrap();
@@ -67,7 +61,7 @@ fn divided_experts_are_planned_simulated_and_exported() {
     assert!((of("step_s") / of("priced_s") - 1.0).abs() < 0.05, "{figures}");
 
     // Its stages have the same groups, so Megatron-LM has words for all of them.
-    let output = hgct(&["export", "plan.json", "--to", "megatron"]);
+    let output = documents.hgct(&["export", "plan.json", "--to", "megatron"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
     for (word, value) in [
@@ -83,7 +77,7 @@ fn divided_experts_are_planned_simulated_and_exported() {
     for (target, says) in
         [("flagscale", "divide experts among data-parallel ranks alone"), ("deepspeed", "routed experts")]
     {
-        let output = hgct(&["export", "plan.json", "--to", target]);
+        let output = documents.hgct(&["export", "plan.json", "--to", target]);
         let error = String::from_utf8(output.stderr).unwrap();
         assert!(
             output.status.code() == Some(2) && output.stdout.is_empty() && error.contains(says),

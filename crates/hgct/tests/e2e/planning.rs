@@ -54,14 +54,15 @@ impl Documents {
         fs::write(self.path(name), text).unwrap();
     }
 
+    /// `hgct` in the folder of the documents.
+    pub(crate) fn hgct(&self, args: &[&str]) -> Output {
+        Command::new(BINARY).current_dir(self.folder.path()).args(args).output().unwrap()
+    }
+
     fn plan(&self, batch: &str, more: &[&str]) -> Output {
-        let mut command = Command::new(BINARY);
-        command.current_dir(self.folder.path()).args(["plan", "--cluster", "cluster.toml"]);
-        command.args(["--model", "config.json", "--global-batch", batch]);
-        if !more.contains(&"--precision") {
-            command.args(["--precision", "f16"]);
-        }
-        command.args(more).output().unwrap()
+        let model = ["plan", "--cluster", "cluster.toml", "--model", "config.json", "--global-batch", batch];
+        let precision: &[&str] = if more.contains(&"--precision") { &[] } else { &["--precision", "f16"] };
+        self.hgct(&[&model, precision, more].concat())
     }
 
     pub(crate) fn json(&self, more: &[&str]) -> Value {
@@ -81,12 +82,8 @@ impl Documents {
 
     /// The same with all arguments beside cluster and model.
     pub(crate) fn error_of(&self, args: &[&str]) -> String {
-        let mut command = Command::new(BINARY);
-        command.current_dir(self.folder.path()).arg("plan");
-        if !args.contains(&"--cluster") {
-            command.args(["--cluster", "cluster.toml"]);
-        }
-        let output = command.args(["--model", "config.json"]).args(args).output().unwrap();
+        let cluster: &[&str] = if args.contains(&"--cluster") { &[] } else { &["--cluster", "cluster.toml"] };
+        let output = self.hgct(&[&["plan"], cluster, &["--model", "config.json"], args].concat());
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
         error
@@ -133,10 +130,7 @@ fn two_plans_are_compared() {
     let documents = Documents::new();
     documents.json(&["-o", "a.json"]);
     documents.json(&["-o", "b.json", "--micro-batches", "1"]);
-    let compare = |files: [&str; 2]| {
-        let mut command = Command::new(BINARY);
-        command.current_dir(documents.folder.path()).args(["plan", "--compare"]).args(files).output().unwrap()
-    };
+    let compare = |[a, b]: [&str; 2]| documents.hgct(&["plan", "--compare", a, b]);
     let output = compare(["a.json", "b.json"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success() && text.contains("iterations a second"), "{text}");
@@ -151,11 +145,7 @@ fn a_lost_node_is_planned_around() {
     let documents = Documents::new();
     documents.json(&["-o", "a.json"]);
     let lose = |node: &str| {
-        let mut command = Command::new(BINARY);
-        command
-            .current_dir(documents.folder.path())
-            .args(["plan", "--parent", "a.json", "--json", "-o", "b.json"]);
-        command.args(["--lose", node]).output().unwrap()
+        documents.hgct(&["plan", "--parent", "a.json", "--json", "-o", "b.json", "--lose", node])
     };
     let output = lose("fast-1");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -194,9 +184,7 @@ fn what_a_call_would_leave_out_of_account_is_refused() {
         (&[], &["--cluster", "cluster.toml"], "there is nothing to plan"),
     ];
     for (call, more, named) in calls {
-        let mut command = Command::new(BINARY);
-        command.current_dir(documents.folder.path()).arg("plan").args(call).args(more);
-        let output = command.output().unwrap();
+        let output = documents.hgct(&[&["plan"], call, more].concat());
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{call:?} {more:?}: {error}");
         assert!(error.contains(named), "{call:?} {more:?}: {error}");
@@ -327,9 +315,8 @@ fn alike_stages_are_one_row_and_comparisons_have_names() {
     let table = text.split("Stages\n").nth(1).unwrap().split("\n\n").next().unwrap();
     assert!(stages > 4 && table.lines().count() <= stages, "{stages} stages:\n{text}");
     assert!(table.contains(" ×") && table.contains(" each"), "{text}");
-    let mut command = Command::new(BINARY);
-    command.current_dir(documents.path("")).args(["plan", "--json", "--compare", "a.json", "b.json"]);
-    let compared: Value = serde_json::from_slice(&command.output().unwrap().stdout).unwrap();
+    let output = documents.hgct(&["plan", "--json", "--compare", "a.json", "b.json"]);
+    let compared: Value = serde_json::from_slice(&output.stdout).unwrap();
     for (row, name) in compared["rows"].as_array().unwrap().iter().zip(["first", "second"]) {
         assert_eq!(row["plan"], name);
         assert!(row["iterations_per_second"].is_number() && row["devices"][0]["kind"].is_string(), "{row}");
