@@ -34,6 +34,10 @@ fn machine() -> MutexGuard<'static, ()> {
 struct Bench {
     folder: tempfile::TempDir,
     workspace: PathBuf,
+    /// Of a whole run at most.
+    patience: Duration,
+    /// Of each device.
+    cpu_millicores: u32,
 }
 
 impl Bench {
@@ -64,7 +68,8 @@ impl Bench {
             root.display()
         );
         std::fs::write(folder.path().join("job.toml"), job).unwrap();
-        Some(Self { folder, workspace })
+        let patience = Duration::from_secs(240 + u64::from(steps));
+        Some(Self { folder, workspace, patience, cpu_millicores: 300 })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -104,7 +109,12 @@ impl Bench {
             device: DeviceId::new(format!("local/{engine}:0")).unwrap(),
             kind: Kind::new(format!("cpu/{engine}")).unwrap(),
             node: NodeId::new("local").unwrap(),
-            grant: Grant { cpu_millicores: 300, cores: vec![], threads: 1, memory_bytes: 1 << 30 },
+            grant: Grant {
+                cpu_millicores: self.cpu_millicores,
+                cores: vec![],
+                threads: 1,
+                memory_bytes: 1 << 30,
+            },
         };
         let builder = shape(PlanBuilder::new(model, 64, 16).ranks(engines.iter().map(rank)));
         let path = self.path(name);
@@ -133,7 +143,7 @@ impl Bench {
     /// The same to its end; the exit code and what it said.
     fn train(&self, run: &str, plan: &Path, more: &[&str]) -> (i32, String) {
         let mut child = self.start(run, plan, more);
-        let code = wait(&mut child, Duration::from_secs(240));
+        let code = wait(&mut child, self.patience);
         (code, std::fs::read_to_string(self.path(&format!("{run}.log"))).unwrap())
     }
 
@@ -294,13 +304,11 @@ fn a_run_goes_on_after_the_death_of_any_process() {
     let _machine = machine();
     let kills: u64 = std::env::var("HGCT_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20);
     let steps = 12 * (kills as u32 + 1);
-    let Some(bench) = Bench::new(steps, 4) else { return };
+    let Some(mut bench) = Bench::new(steps, 4) else { return };
+    bench.cpu_millicores = 900;
     let plan = bench.plan("two.json", &["jax", "mlx"], &[(4, 4, &[(0, 3), (1, 3)])]);
-    let unbroken = Bench::id("unbroken");
-    let (code, log) = bench.train(&unbroken, &plan, &["--run", &unbroken]);
-    assert_eq!(code, 0, "{log}");
 
-    let id = Bench::id("killed");
+    let (id, begun) = (Bench::id("killed"), Instant::now());
     let mut random = 0x9e37_79b9_7f4a_7c15u64;
     for kill in 0..kills {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -352,17 +360,29 @@ fn a_run_goes_on_after_the_death_of_any_process() {
             let why = log.lines().find(|line| line.contains("the run failed")).unwrap_or_default();
             assert!(why.contains(&format!("failed: {who}")) && why.contains(cause), "kill {kill}: {log}");
         }
+        if (kill + 1) % 50 == 0 {
+            let steps = bench.losses(&id).len();
+            let said = format!("{} deaths, {steps} steps, {} s\n", kill + 1, begun.elapsed().as_secs());
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), said.as_bytes());
+        }
         while all.iter().any(|(pid, _)| is_alive(*pid)) {
             let left = all.iter().filter(|(pid, _)| is_alive(*pid)).collect::<Vec<_>>();
             assert!(killed.elapsed() < Duration::from_secs(6), "kill {kill}: these live on: {left:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    let (code, log) = bench.train(&id, &plan, &["--resume", &id]);
+    let until = bench.losses(&id).len() as u64 + 10;
+    assert!(until <= u64::from(steps), "{until} of {steps} steps");
+    let end = until.to_string();
+    let (code, log) = bench.train(&id, &plan, &["--resume", &id, "--until", &end]);
+    assert_eq!(code, 0, "{log}");
+    let unbroken = Bench::id("unbroken");
+    let (code, log) = bench.train(&unbroken, &plan, &["--run", &unbroken, "--until", &end]);
     assert_eq!(code, 0, "{log}");
     // Every step was done, each with the samples that are its own: the losses are those of a run
     // that nobody disturbed, and so are the parameters, bit for bit.
-    assert_same(&bench.losses(&id), &bench.losses(&unbroken), u64::from(steps), "killed and resumed");
+    assert_eq!(bench.losses(&unbroken).len() as u64, until);
+    assert_same(&bench.losses(&id), &bench.losses(&unbroken), until, "killed and resumed");
     assert_eq!(bench.shards(&id), bench.shards(&unbroken));
 }
 
