@@ -429,14 +429,12 @@ fn ring(instance: &Instance, pool: usize, pipelines: f64, messages: f64) -> f64 
 }
 
 /// Seconds of a message from device to device at least, whatever its size, and of each of its bytes.
-pub(crate) fn quickest(instance: &Instance) -> (f64, f64) {
-    let links = instance.inter.iter().flatten();
-    let of = |link: &Link| match link.curve(1, 1) {
+pub(crate) fn quickest(instance: &Instance, link: &Link) -> (f64, f64) {
+    match link.curve(1, 1) {
         Some(Curve::AlphaBeta { latency_s, bytes_per_s }) => (*latency_s, 1.0 / bytes_per_s),
         Some(curve) => (0.0, 1.0 / fastest_curve(curve, (1.0, gradients(instance)))),
         None => (f64::INFINITY, f64::INFINITY),
-    };
-    links.map(of).fold((f64::INFINITY, f64::INFINITY), |a, b| (a.0.min(b.0), a.1.min(b.1)))
+    }
 }
 
 /// The best rate of a link for any message in a range of sizes, whatever devices use it.

@@ -23,9 +23,15 @@
 //! no layer slower than it is, no pipeline takes more than `k X`. The latter is priced (μ a second, with
 //! which the least stays a bound for any μ ≥ 0).
 
+use std::ops::Range;
+
 use crate::instance::{Schedule, Transfer, Work};
 
 use super::table::{StageTime, Table};
+
+mod alike;
+
+use alike::{Lengths, long_runs};
 
 /// Prices and limits of one question.
 #[derive(Debug, Clone)]
@@ -123,6 +129,8 @@ pub(crate) struct Chains<'t, 'a> {
     schedule: Schedule,
     ways: Vec<Way>,
     singles: Vec<Single>,
+    /// Long runs of alike layers.
+    runs: Vec<Range<usize>>,
     /// Largest part of a stage's compute that counts as fill, and its handing on.
     fill_part: f64,
     handing: f64,
@@ -172,7 +180,8 @@ impl<'t, 'a> Chains<'t, 'a> {
             bytes: table.gradient[layers] / f64::from(table.choices[way.choice].degree),
         };
         let singles = ways.iter().filter(fits).map(single).collect();
-        Self { table, size, schedule, ways, singles, fill_part, handing }
+        let runs = long_runs(table);
+        Self { table, size, schedule, ways, singles, runs, fill_part, handing }
     }
 
     /// Pipelines of one stage, with the seconds that they take to do what they are paid for. They have no
@@ -299,7 +308,8 @@ impl<'t, 'a> Chains<'t, 'a> {
     }
 
     /// The cheapest pipeline of several stages with a pace of `low` to `high`; `None` if there is none.
-    /// Work: about `layers · ways · levels` steps, times the layers of a stage.
+    /// Work: about `layers · levels` steps, times the layers of a stage, and times the ways where layers
+    /// differ.
     pub(crate) fn cheapest(&self, market: &Market, (low, high): (f64, f64)) -> Option<Cheapest> {
         let table = self.table;
         let layers = table.num_layers;
@@ -311,28 +321,39 @@ impl<'t, 'a> Chains<'t, 'a> {
         let mut suffixes = Suffixes::new(layers, levels);
         let mut whole: Option<Suffix> = None;
         let ways: Vec<Priced> = self.ways.iter().map(|way| self.priced(way, market, weight)).collect();
+        let allowed = |at: usize, layers: Range<usize>, ends: f64| {
+            let (way, Range { start, end }) = (&self.ways[at], layers);
+            let handing = if serial { ends * way.handing } else { 0.0 };
+            way.compute[end] - way.compute[start] + handing <= high * (1.0 + 1e-9)
+                && table.gradient[end] - table.gradient[start] <= ways[at].bytes
+        };
+        let lengths = |run: &Range<usize>| Lengths::new(run.clone(), ways.len(), allowed);
+        let mut runs: Vec<Lengths> = self.runs.iter().map(lengths).collect();
         let mut starts = vec![layers - 1; ways.len()];
         let mut short = vec![false; ways.len() * (levels + 1)];
         for end in (1..=layers).rev() {
-            for (at, way) in self.ways.iter().enumerate() {
+            let last = end == layers;
+            let inside = runs.iter_mut().find_map(|run| Some((run.first(end).filter(|_| !last)?, run)));
+            // Of stages that are not inside a run.
+            let past = inside.as_ref().map_or(end, |(first, _)| *first);
+            // Ends of a stage that begins after the first layer, and of one that begins with it.
+            let before = if last && published { 2.0 } else { 1.0 };
+            let after = if last { 0.0 } else { 1.0 };
+            let crosses = inside.as_ref().is_none_or(|(_, run)| run.crosses(end));
+            for (at, way) in self.ways.iter().enumerate().filter(|_| crosses) {
                 let priced = &ways[at];
-                // Ends of a stage that begins after the first layer, and of one that begins with it.
-                let last = end == layers;
-                let before = if last && published { 2.0 } else { 1.0 };
-                let after = if last { 0.0 } else { 1.0 };
-                let allowed = |first: usize, ends: f64| {
-                    let handing = if serial { ends * way.handing } else { 0.0 };
-                    way.compute[end] - way.compute[first] + handing <= high * (1.0 + 1e-9)
-                        && table.gradient[end] - table.gradient[first] <= priced.bytes
-                };
-                let mut start = starts[at].min(end).max(1);
-                while start < end && !allowed(start, before + after) {
+                let mut start = starts[at].min(past).max(1);
+                while start < past && !allowed(at, start..end, before + after) {
                     start += 1;
                 }
-                while start > 1 && allowed(start - 1, before + after) {
+                while start > 1 && allowed(at, start - 1..end, before + after) {
                     start -= 1;
                 }
                 starts[at] = start;
+                if start >= past && !allowed(at, 0..end, after) {
+                    // Its stages are all inside the run.
+                    continue;
+                }
                 for level in 0..=levels {
                     let behind = suffixes.at(level, end);
                     if behind.price.is_infinite()
@@ -344,13 +365,14 @@ impl<'t, 'a> Chains<'t, 'a> {
                     let fitting = self.fitting(at, behind.stages, end);
                     let doubled = if published && level >= DOUBLED { 2.0 * after } else { after };
                     // Those of one stage are counted exactly, elsewhere.
-                    let is_first =
-                        !last && behind.stages + 1 >= ring.stages.min(MOST_LEVELS) && allowed(0, doubled);
+                    let is_first = !last
+                        && behind.stages + 1 >= ring.stages.min(MOST_LEVELS)
+                        && allowed(at, 0..end, doubled);
                     short[at * (levels + 1) + level] = fitting > if is_first { 0 } else { start };
                     let with = behind.price + priced.stage + priced.sums[end];
                     let next = (level + 1).min(levels);
                     let suffix = |price| Suffix { price, end, way: at, level, stages: behind.stages + 1 };
-                    for first in start.max(fitting)..end {
+                    for first in start.max(fitting)..past {
                         let price = with - priced.sums[first] + (before + after) * priced.end;
                         suffixes.offer(next, first, suffix(price));
                     }
@@ -360,6 +382,23 @@ impl<'t, 'a> Chains<'t, 'a> {
                             whole = Some(suffix(price));
                         }
                     }
+                }
+            }
+            let Some((first, run)) = inside else { continue };
+            for level in 0..=levels {
+                let behind = suffixes.at(level, end);
+                if behind.price.is_infinite() {
+                    continue;
+                }
+                let lengths = run.behind(self, &ways, behind.stages);
+                for (length, first) in lengths.iter().zip((first.max(1)..end).rev()) {
+                    let price = behind.price + length.price;
+                    let stages = behind.stages + 1;
+                    suffixes.offer(
+                        (level + 1).min(levels),
+                        first,
+                        Suffix { price, end, way: length.way, level, stages },
+                    );
                 }
             }
         }

@@ -10,9 +10,12 @@
 //!   its pipelines, which have so much less time.
 //! * Once all pipelines are known, the linear programme of how many of each prices devices anew. What a
 //!   pipeline costs more than its samples are worth is *slack*; all that is chosen may have as much of
-//!   it as the programme's value is above the batch.
+//!   it as the programme's value is above the batch. Pipelines that use the same devices and do the
+//!   same samples are chosen as one, and told apart in sets that do the batch.
 
-use crate::instance::{Exchange, Schedule, Update, Work, check};
+use std::collections::BTreeMap;
+
+use crate::instance::{Exchange, Link, Schedule, Update, Work, check};
 
 use super::Meter;
 use super::bound::{Costs, quickest};
@@ -32,38 +35,57 @@ pub(crate) struct Exact<'a, 't, 'm> {
     pub(crate) best: Option<Settled>,
     /// Priced seconds of a sample in the layers before each layer.
     priced: Vec<f64>,
-    ring: Ring,
+    /// From each pool to each.
+    links: Vec<Vec<Ring>>,
+    /// The quickest from or to each pool.
+    rings: Vec<Ring>,
     found: Vec<Candidate>,
 }
 
-/// What a ring over all holders of a layer takes at least.
+/// What a message takes at least, from device to device.
 #[derive(Debug, Clone, Copy)]
 struct Ring {
-    /// Of a message between two neighbours.
     latency_s: f64,
     seconds_a_byte: f64,
     bucket_bytes: f64,
+}
+
+impl Ring {
+    /// Nothing.
+    const FREE: Self = Self { latency_s: 0.0, seconds_a_byte: 0.0, bucket_bytes: f64::INFINITY };
+
+    /// The quicker of the two at each.
+    fn or(self, other: Self) -> Self {
+        Self {
+            latency_s: self.latency_s.min(other.latency_s),
+            seconds_a_byte: self.seconds_a_byte.min(other.seconds_a_byte),
+            bucket_bytes: self.bucket_bytes,
+        }
+    }
+
+    /// A ring of two: `2 (latency + bytes / 2 / rate)`, latency once a bucket.
+    fn seconds(self, bytes: f64) -> f64 {
+        2.0 * (bytes / self.bucket_bytes).ceil() * self.latency_s + bytes * self.seconds_a_byte
+    }
 }
 
 /// What a layout takes at least beside its pipelines, because one of them is there.
 #[derive(Debug, Clone, Copy, Default)]
 struct Beside {
     update_s: f64,
-    /// Gradient bytes of a stage, divided by its degree; the largest.
-    bytes: f64,
+    /// Of a ring with one other pipeline.
+    ring_s: f64,
 }
 
 impl Beside {
     fn and(self, other: Self) -> Self {
-        Self { update_s: self.update_s.max(other.update_s), bytes: self.bytes.max(other.bytes) }
+        Self { update_s: self.update_s.max(other.update_s), ring_s: self.ring_s.max(other.ring_s) }
     }
 
-    /// `2 (n − 1) (latency + bytes / n / rate)`, latency once a bucket, and the update.
-    fn seconds(self, ring: Ring, pipelines: usize) -> f64 {
+    /// With n pipelines a ring sends `2 (n − 1) / n` of its bytes, and more messages.
+    fn seconds(self, pipelines: usize) -> f64 {
         let n = pipelines as f64;
-        let messages = (self.bytes / ring.bucket_bytes).ceil();
-        let each = messages * ring.latency_s + self.bytes / n * ring.seconds_a_byte;
-        (self.update_s + 2.0 * (n - 1.0) * each) * (1.0 - 1e-9)
+        (self.update_s + 2.0 * (n - 1.0) / n * self.ring_s) * (1.0 - 1e-9)
     }
 }
 
@@ -118,15 +140,25 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
             let least = costs.least.iter().zip(prices).map(of).fold(f64::INFINITY, f64::min);
             priced.push(priced[priced.len() - 1] + least);
         }
-        let ring = match instance.rules.exchange {
+        let link = |link: &Link| match instance.rules.exchange {
             Exchange::FlatRing { bucket_bytes } if instance.rules.exchange_overlap <= 0.0 => {
-                let (latency_s, seconds_a_byte) = quickest(instance);
+                let (latency_s, seconds_a_byte) = quickest(instance, link);
                 Ring { latency_s, seconds_a_byte, bucket_bytes }
             }
             // What hides, and what stays inside a node, is left to the price of each layout.
-            _ => Ring { latency_s: 0.0, seconds_a_byte: 0.0, bucket_bytes: f64::INFINITY },
+            _ => Ring::FREE,
         };
-        Self { table, limits, prices, schedules, meter, best, priced, ring, found: Vec::new() }
+        let links: Vec<Vec<Ring>> = instance.inter.iter().map(|of| of.iter().map(link).collect()).collect();
+        let pools = 0..instance.pools.len();
+        let both = |pool: usize| pools.clone().map(move |other| (pool, other));
+        let rings = pools
+            .clone()
+            .map(|pool| {
+                let quicker = |all: Ring, (a, b): (usize, usize)| all.or(links[a][b]).or(links[b][a]);
+                both(pool).fold(links[pool][pool], quicker)
+            })
+            .collect();
+        Self { table, limits, prices, schedules, meter, best, priced, links, rings, found: Vec::new() }
     }
 
     /// `Some` if nothing faster than `best` exists.
@@ -184,7 +216,7 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         if samples(known - beside.update_s) >= self.batch() {
             return true;
         }
-        let seconds = known - beside.seconds(self.ring, 2);
+        let seconds = known - beside.seconds(2);
         let most = samples(seconds);
         if most < kind.samples {
             return false;
@@ -218,12 +250,13 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
                     table.stage_transfer(kind.size, (first, end), of.end, after, None, 1, kind.schedule);
                 let sums = behind.with(table, kind, StageTime { forward, backward, transfer });
                 let bytes = (table.gradient[end] - table.gradient[first]) / f64::from(of.degree);
-                let own = Beside { update_s: 0.0, bytes };
+                let ring_s = self.rings[of.pool].seconds(bytes);
+                let own = Beside { update_s: 0.0, ring_s };
                 if !self.is_useful(kind, &sums, worth, suffix.beside.and(own), None) {
                     // Longer stages are slower still.
                     break;
                 }
-                let own = Beside { update_s: self.update_s(kind, choice, (first, end)), bytes };
+                let own = Beside { update_s: self.update_s(kind, choice, (first, end)), ring_s };
                 let beside = suffix.beside.and(own);
                 if !self.is_useful(kind, &sums, worth, beside, Some(first)) {
                     continue;
@@ -311,7 +344,7 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
     /// All that several can do.
     fn several(&mut self) -> Option<()> {
         let known = self.known();
-        let samples = |of: &Candidate| of.form.samples(self.table, known - of.beside.seconds(self.ring, 2));
+        let samples = |of: &Candidate| of.form.samples(self.table, known - of.beside.seconds(2));
         let columns: Vec<Column> =
             self.found.iter().map(|of| Column { used: of.form.used.clone(), samples: samples(of) }).collect();
         self.meter.spend(columns.len() as u64 * 20)?;
@@ -330,14 +363,18 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         }
         let all: f64 = self.limits.iter().zip(&prices).map(|(n, price)| *n as f64 * price).sum();
         let slack = all - self.batch() + 1e-6;
-        let mut order: Vec<(f64, usize)> = columns
-            .iter()
-            .enumerate()
-            .filter(|(_, column)| column.samples > 0)
-            .map(|(at, column)| (cost(&prices, &column.used) - column.samples as f64, at))
-            .filter(|(own, _)| *own <= slack)
-            .collect();
-        order.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let mut alike: BTreeMap<(&[u32], u64), Vec<usize>> = BTreeMap::new();
+        for (at, column) in columns.iter().enumerate().filter(|(_, column)| column.samples > 0) {
+            alike.entry((&column.used, column.samples)).or_default().push(at);
+        }
+        let of = |((used, samples), members): ((&[u32], u64), Vec<usize>)| Alike {
+            slack: cost(&prices, used) - samples as f64,
+            used: used.to_vec(),
+            samples: samples as f64,
+            members,
+        };
+        let mut order: Vec<Alike> = alike.into_iter().map(of).filter(|of| of.slack <= slack).collect();
+        order.sort_by(|a, b| a.slack.total_cmp(&b.slack));
         let sets = Sets { order, prices };
         let limits = self.limits.to_vec();
         self.choose(&sets, 0, &limits, slack, &mut Vec::new())
@@ -352,36 +389,94 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         slack: f64,
         chosen: &mut Vec<usize>,
     ) -> Option<()> {
-        for at in from..sets.order.len() {
+        for (at, alike) in sets.order.iter().enumerate().skip(from) {
             self.meter.spend(1)?;
-            let (own, candidate) = sets.order[at];
-            if own > slack {
+            if alike.slack > slack {
                 break;
             }
-            let used = &self.found[candidate].form.used;
-            if used.iter().zip(left).any(|(used, left)| u64::from(*used) > *left) {
+            if alike.used.iter().zip(left).any(|(used, left)| u64::from(*used) > *left) {
                 continue;
             }
-            let rest: Vec<u64> = left.iter().zip(used).map(|(n, used)| n - u64::from(*used)).collect();
-            chosen.push(candidate);
-            let samples = self.samples(chosen);
+            let rest: Vec<u64> = left.iter().zip(&alike.used).map(|(n, used)| n - u64::from(*used)).collect();
+            chosen.push(at);
+            let samples = sets.samples(chosen);
             let of_rest: f64 = rest.iter().zip(&sets.prices).map(|(n, price)| *n as f64 * price).sum();
             if samples + of_rest + 1e-6 >= self.batch() {
                 if chosen.len() > 1 && samples >= self.batch() {
-                    self.offer(chosen)?;
+                    self.pick(sets, chosen, 0, &mut Vec::new())?;
                 }
-                self.choose(sets, at, &rest, slack - own, chosen)?;
+                self.choose(sets, at, &rest, slack - alike.slack, chosen)?;
             }
             chosen.pop();
         }
         Some(())
     }
 
-    /// Samples that these do at most in a step as fast as the best.
-    fn samples(&self, chosen: &[usize]) -> f64 {
-        let beside = chosen.iter().fold(Beside::default(), |all, at| all.and(self.found[*at].beside));
-        let seconds = self.known() - beside.seconds(self.ring, chosen.len().max(2));
-        chosen.iter().map(|at| self.found[*at].form.samples(self.table, seconds) as f64).sum()
+    /// One pipeline of each that are chosen; of those that are alike, `from` that on.
+    fn pick(&mut self, sets: &Sets, chosen: &[usize], from: usize, picked: &mut Vec<usize>) -> Option<()> {
+        let num = picked.len();
+        let Some(of) = chosen.get(num) else {
+            let most = self.samples(picked, self.exchange_s(picked));
+            return if most >= self.batch() { self.offer(picked) } else { Some(()) };
+        };
+        let rest = sets.samples(&chosen[num + 1..]);
+        for (at, member) in sets.order[*of].members.iter().enumerate().skip(from) {
+            self.meter.spend(1)?;
+            picked.push(*member);
+            if self.samples(picked, self.ring_s(picked, chosen.len())) + rest >= self.batch() {
+                let again = chosen.get(num + 1) == Some(of);
+                self.pick(sets, chosen, if again { at } else { 0 }, picked)?;
+            }
+            picked.pop();
+        }
+        Some(())
+    }
+
+    /// Samples that these do at most in a step as fast as the best, with so long an exchange.
+    fn samples(&self, picked: &[usize], exchange_s: f64) -> f64 {
+        let update_s = picked.iter().map(|at| self.found[*at].beside.update_s).fold(0.0, f64::max);
+        let seconds = self.known() - (exchange_s + update_s) * (1.0 - 1e-9);
+        picked.iter().map(|at| self.found[*at].form.samples(self.table, seconds) as f64).sum()
+    }
+
+    /// What these exchange at least as a part of so many pipelines.
+    fn ring_s(&self, picked: &[usize], pipelines: usize) -> f64 {
+        let beside = picked.iter().fold(Beside::default(), |all, at| all.and(self.found[*at].beside));
+        Beside { update_s: 0.0, ..beside }.seconds(pipelines)
+    }
+
+    /// What these exchange at least: each layer over the slowest link between its holders, as the largest
+    /// of them does, and each stage all of its layers.
+    fn exchange_s(&self, picked: &[usize]) -> f64 {
+        let table = self.table;
+        let n = picked.len() as f64;
+        let forms = || picked.iter().map(|at| &self.found[*at].form);
+        let mut sums = vec![0.0];
+        for layer in 0..table.num_layers {
+            let holder = |form: &Form| {
+                let stage = form.stages.iter().rev().find(|stage| usize::from(stage.first) <= layer);
+                stage.map_or((0, 1), |stage| {
+                    let choice = &table.choices[usize::from(stage.choice)];
+                    (choice.pool, choice.degree)
+                })
+            };
+            let mut holders: Vec<(usize, u32)> = forms().map(holder).collect();
+            holders.sort_unstable();
+            let least = holders.iter().map(|holder| holder.1).min().unwrap_or(1);
+            // The next one in a ring; from a pool on itself only where two of it are neighbours.
+            let next = (1..holders.len()).chain([0]);
+            let links = holders.iter().zip(next).map(|(holder, next)| (holder.0, holders[next].0));
+            let slowest = links.map(|(a, b)| self.links[a][b].seconds_a_byte).fold(0.0, f64::max);
+            let bytes = (table.gradient[layer + 1] - table.gradient[layer]) / f64::from(least);
+            sums.push(sums[layer] + 2.0 * (n - 1.0) / n * bytes * slowest);
+        }
+        let stages = |form: &Form| {
+            let ends =
+                form.stages.iter().skip(1).map(|stage| usize::from(stage.first)).chain([table.num_layers]);
+            let seconds = |(stage, end): (&Placed, usize)| sums[end] - sums[usize::from(stage.first)];
+            form.stages.iter().zip(ends).map(seconds).fold(0.0, f64::max)
+        };
+        forms().map(stages).fold(0.0, f64::max)
     }
 
     fn offer(&mut self, chosen: &[usize]) -> Option<()> {
@@ -404,12 +499,29 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
     }
 }
 
+/// Pipelines on as many devices of each pool that do as many samples.
+struct Alike {
+    used: Vec<u32>,
+    samples: f64,
+    /// What the devices cost more than the samples are worth.
+    slack: f64,
+    /// Indices of the candidates.
+    members: Vec<usize>,
+}
+
 /// What sets are made of.
 struct Sets {
-    /// Slack, and index of the candidate; ascending.
-    order: Vec<(f64, usize)>,
+    /// By slack, ascending.
+    order: Vec<Alike>,
     /// Samples that a device of each pool is worth: no pipeline does more than its devices are.
     prices: Vec<f64>,
+}
+
+impl Sets {
+    /// Samples of some of these at most.
+    fn samples(&self, chosen: &[usize]) -> f64 {
+        chosen.iter().map(|at| self.order[*at].samples).sum()
+    }
 }
 
 impl Sums {

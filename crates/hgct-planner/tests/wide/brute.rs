@@ -462,3 +462,14 @@ fn eight_devices_of_three_kinds_and_eight_layers_have_the_optimum_of_brute_force
     let size = Size { pools: 3, devices: 8, layers: 8, batch: 8, tensor_parallel: true };
     all_agree(30_000..30_000 + cases(), size);
 }
+
+/// 80,000 pipelines that are nearly alike, of which any two could be a plan: what brute force found in
+/// two minutes is found and proven.
+#[test]
+fn sets_of_many_alike_pipelines_are_searched_to_the_end() {
+    let size = Size { pools: 3, devices: 8, layers: 8, batch: 8, tensor_parallel: true };
+    let found = find(&instance(31_428, size), None, &Effort::default()).unwrap();
+    assert!(found.gap.unwrap() < 1e-9, "{:?}", found.gap);
+    let step = found.best.unwrap().1.iteration_s;
+    assert!((step / 10.583_613_127_892_937 - 1.0).abs() < 1e-9, "{step}");
+}
