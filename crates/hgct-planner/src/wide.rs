@@ -272,11 +272,13 @@ fn limited_by(priced: &Priced, bound: &Bound) -> &'static str {
         return "compute";
     }
     let (bubble, transfer) = (slowest.bubble_s, slowest.transfer_s);
-    let rest = lost - bubble - transfer - priced.exchange_s - priced.update_s;
+    // What any layout pays for it, whether by exchanging or by being one that exchanges less.
+    let exchange = priced.exchange_s.max(bound.exchange_s - bound.fill_s);
+    let rest = lost - bubble - transfer - exchange - priced.update_s;
     let parts = [
         ("bubble", bubble),
         ("transfer", transfer),
-        ("exchange", priced.exchange_s),
+        ("exchange", exchange),
         ("update", priced.update_s),
         ("rounding", rest),
     ];

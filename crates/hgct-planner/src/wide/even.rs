@@ -6,6 +6,8 @@
 //! by a sum that leaves out memory and transfers, the best few are laid out and priced exactly:
 //! stages of high demand for memory stand last, where few micro-batches are in flight.
 
+use std::ops::Range;
+
 use crate::instance::{Exchange, Schedule, Work};
 
 use super::Meter;
@@ -226,10 +228,14 @@ fn rough(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], mix: &Mix) -> (f64,
     if stages == 0 || stages as usize * even.schedule.least_layers() > table.num_layers {
         return NONE;
     }
-    let covered = |pace: f64| -> f64 {
-        kinds.iter().zip(mix).map(|(kind, num)| f64::from(*num) * whole(pace / kind.layer)).sum()
-    };
-    let speed: f64 = kinds.iter().zip(mix).map(|(kind, num)| f64::from(*num) / kind.layer).sum();
+    let there: Vec<(f64, f64, &Kind)> = kinds
+        .iter()
+        .zip(mix)
+        .filter(|(_, num)| **num > 0)
+        .map(|(kind, num)| (f64::from(*num), 1.0 / kind.layer, kind))
+        .collect();
+    let covered = |pace: f64| -> f64 { there.iter().map(|(num, speed, _)| num * whole(pace * speed)).sum() };
+    let speed: f64 = there.iter().map(|(num, speed, _)| num * speed).sum();
     let (mut low, mut high) = (layers / speed, layers / speed * 2.5);
     if covered(high) < layers {
         return NONE;
@@ -238,14 +244,9 @@ fn rough(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], mix: &Mix) -> (f64,
         let middle = f64::midpoint(low, high);
         if covered(middle) >= layers { high = middle } else { low = middle }
     }
-    let fill: f64 =
-        kinds.iter().zip(mix).map(|(kind, num)| f64::from(*num) * whole(high / kind.layer) * kind.fill).sum();
-    let exchange = kinds
-        .iter()
-        .zip(mix)
-        .filter(|(_, num)| **num > 0)
-        .map(|(kind, _)| whole(high / kind.layer) * kind.exchange)
-        .fold(0.0, f64::max);
+    let fill: f64 = there.iter().map(|(num, speed, kind)| num * whole(high * speed) * kind.fill).sum();
+    let exchange =
+        there.iter().map(|(_, speed, kind)| whole(high * speed) * kind.exchange).fold(0.0, f64::max);
     // What covers more than it must is shortened.
     (even.micro_batches * high + fill * layers / covered(high), exchange)
 }
@@ -263,6 +264,39 @@ fn lay(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], mix: &Mix) -> Option<
     // What is laid out here is priced next, and moved from there: no need to be near.
     let search = PaceSearch { low, first: low * 1.3, high: f64::INFINITY, tries: 16, tolerance: 1e-3 };
     search.tightest(|pace| Form::new(table, even.size, even.schedule, fill(table, even, &stages, pace)?))
+}
+
+/// The least of a range that is fine, as all above it are, and the range's end; sought from a guess on.
+fn least(range: Range<usize>, guess: usize, fine: impl Fn(usize) -> bool) -> usize {
+    let Range { start: mut low, end: mut high } = range;
+    let (guess, mut step) = (guess.clamp(low, high), 1);
+    // Away from the guess in steps that double, until it is passed.
+    if guess == high || fine(guess) {
+        high = guess;
+        while low < high {
+            let next = high.saturating_sub(step).max(low);
+            if !fine(next) {
+                low = next + 1;
+                break;
+            }
+            (high, step) = (next, 2 * step);
+        }
+    } else {
+        low = guess + 1;
+        while low + step <= high {
+            let next = low + step - 1;
+            if fine(next) {
+                high = next;
+                break;
+            }
+            (low, step) = (next + 1, 2 * step);
+        }
+    }
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        if fine(middle) { high = middle } else { low = middle + 1 }
+    }
+    high
 }
 
 /// Fills stages from the last to the first, each as long as pace and memory allow; `None` if layers
@@ -287,19 +321,17 @@ fn fill(table: &Table<'_>, even: &Even<'_>, stages: &[&Kind], pace: f64) -> Opti
         };
         let longest = |choice: usize| {
             // Every stage before needs its layers too.
-            if end < (at + 1) * each || !fine(choice, end - each) {
-                return None;
-            }
-            let (mut low, mut high) = (at * each, end - each);
-            while low < high {
-                let middle = usize::midpoint(low, high);
-                if fine(choice, middle) { high = middle } else { low = middle + 1 }
-            }
-            Some(high)
+            let last = end.checked_sub(each).filter(|last| *last >= at * each)?;
+            // Its pace alone says about how long it is.
+            let guess = end.saturating_sub((pace / stages[at].layer) as usize);
+            let first = least(at * each..last, guess, |first| fine(choice, first));
+            (first < last || fine(choice, last)).then_some(first)
         };
         let plain = longest(stages[at].choice);
+        // Recompute is of use only where memory is short.
+        let short = |first: usize| !table.fits(stages[at].choice, even.size, first, end, in_flight);
         let again = match plain {
-            Some(first) if first == at * each => None,
+            Some(first) if first == at * each || !short(first - 1) => None,
             _ => stages[at].again.and_then(|choice| Some((longest(choice)?, choice))),
         };
         let (first, choice) = match (plain, again) {
@@ -312,4 +344,22 @@ fn fill(table: &Table<'_>, even: &Even<'_>, stages: &[&Kind], pace: f64) -> Opti
     }
     placed.reverse();
     (end == 0).then_some(placed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::least;
+
+    #[test]
+    fn a_guess_changes_how_the_least_is_sought_and_not_what_is_found() {
+        for low in 0..4 {
+            for high in low..low + 12 {
+                for from in low..=high {
+                    for guess in 0..20 {
+                        assert_eq!(least(low..high, guess, |at| at >= from), from, "{low}..{high} {guess}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -93,18 +93,26 @@ impl Lengths {
     fn next(&self, chains: &Chains<'_, '_>, ways: &[Priced]) -> Vec<Length> {
         let behind = self.cheapest.len();
         let Range { start, end } = self.layers;
-        let fits = |way: usize, num: usize| end - num >= chains.fitting(way, behind, end);
+        let room = |way: usize| end - chains.fitting(way, behind, end);
         let cheapest = |num: usize| {
             let of = |way: usize| {
                 let of = &ways[way];
                 let price = of.stage + (of.sums[start + num] - of.sums[start]) + 2.0 * of.end;
                 Length { price, way }
             };
-            let longer = (0..ways.len()).filter(|way| num <= self.reach[*way] && fits(*way, num)).map(of);
+            let longer = (0..ways.len()).filter(|way| num <= self.reach[*way] && num <= room(*way)).map(of);
             longer.min_by(|a, b| a.price.total_cmp(&b.price))
         };
         let most = self.reach.iter().copied().max().unwrap_or(0);
         let before = self.cheapest.last();
+        // Neighbours are mostly on one way.
+        let mut last = (usize::MAX, 0);
+        let mut fits = |way: usize, num: usize| {
+            if last.0 != way {
+                last = (way, room(way));
+            }
+            num <= last.1
+        };
         let lengths = (1..=before.map_or(most, Vec::len)).map_while(|num| {
             // What was cheapest is it still, if it fits.
             let still = before.map(|all| all[num - 1]).filter(|length| fits(length.way, num));
