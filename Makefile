@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 help:
 	@echo "make quickstart [DATA=PATH]   set up what is missing, then train one model on every kind of device here"
-	@echo "make vulkan                   build the worker without Python, for Vulkan adapters (10 to 15 minutes, once)"
+	@echo "make vulkan                   build the worker without Python, for Vulkan adapters (10 to 12 minutes, once)"
 	@echo "make test                     build and run all tests"
 	@echo "make soak                     the long randomised tests (3000 plans against brute force, 500 kills)"
 	@echo "make bench                    measure the efficiency of training (root needed)"

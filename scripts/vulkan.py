@@ -4,7 +4,7 @@
     python3 scripts/vulkan.py        # or: make vulkan
 
 From then on every command of hgct knows this host's Vulkan adapters as one more kind. The first
-build takes 10 to 15 minutes on two cores. Where no driver lists an adapter, Debian's software driver
+build takes 10 to 12 minutes on two cores. Where no driver lists an adapter, Debian's software driver
 is installed (as root) or named. Exit code: 0 when an adapter can be used, 1 when none can.
 """
 
