@@ -228,14 +228,17 @@ impl<'t, 'a> Chains<'t, 'a> {
         }
         let of = &mut all[behind];
         if of.is_empty() {
+            of.resize(self.table.num_layers + 1, UNKNOWN);
+        }
+        if of[end] == UNKNOWN {
             let in_flight = self.schedule.in_flight(behind + 1, 0);
-            let mut first = 0;
-            for end in 0..=self.table.num_layers {
-                while first < end && !self.table.fits(way.choice, self.size, first, end, in_flight) {
-                    first += 1;
-                }
-                of.push(first as u16);
+            let (mut low, mut high) = (0, end);
+            while low < high {
+                let middle = usize::midpoint(low, high);
+                let fits = self.table.fits(way.choice, self.size, middle, end, in_flight);
+                if fits { high = middle } else { low = middle + 1 }
             }
+            of[end] = high as u16;
         }
         usize::from(of[end])
     }
@@ -482,6 +485,8 @@ fn layers_price(market: &Market) -> f64 {
     if market.layers > 0.0 { market.layers * market.ring.layers_s } else { 0.0 }
 }
 
+/// Of a stage whose first layer nobody asked for.
+const UNKNOWN: u16 = u16::MAX;
 /// Stages behind the first one from which on published transfers count its activation twice.
 const DOUBLED: usize = 3;
 /// Numbers of stages that are told apart at most.
