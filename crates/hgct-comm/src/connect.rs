@@ -64,7 +64,7 @@ pub struct ConnectOptions<'a> {
 pub struct Tuning {
     /// Bytes that may be queued to a peer.
     pub queue_bytes: u64,
-    /// Unread bytes from a peer above which it is held back while nobody waits for it.
+    /// Unread bytes from a peer above which it is held back while this rank waits for nothing.
     pub unread_bytes: u64,
     /// Idle receive buffers that are kept.
     pub pool_bytes: usize,

@@ -46,6 +46,8 @@ struct State {
     peers: BTreeMap<Rank, PeerState>,
     waiters: BTreeMap<u64, Waiter>,
     next_waiter: u64,
+    /// Sends that wait for room in their queue.
+    blocked_sends: u32,
     failure: Option<Arc<Error>>,
     ended: bool,
     records: VecDeque<TransferRecord>,
@@ -95,6 +97,7 @@ impl Core {
                 peers,
                 waiters: BTreeMap::new(),
                 next_waiter: 0,
+                blocked_sends: 0,
                 failure: None,
                 ended: false,
                 records: VecDeque::new(),
@@ -339,16 +342,18 @@ impl Core {
         Ok(())
     }
 
-    /// Waits while the peer has too much unread and nobody waits for anything of it.
+    /// Waits while the peer has too much unread and this rank computes. A rank that waits, for
+    /// whatever message or for room in a queue, reads from everybody: ranks that held each other back
+    /// while they wait would wait in a circle. Then what is unread is bounded by the schedule alone.
     fn hold_back(&self, peer: Rank, bytes: u64) {
         let mut state = locked(&self.state);
         loop {
             let unread = state.peers.get(&peer).map_or(0, |state| state.unread_bytes);
-            let wanted = |waiter: &Waiter| waiter.wants.iter().any(|key| key.0 == peer);
             if state.failure.is_some()
                 || unread == 0
                 || unread + bytes <= self.unread_limit_bytes
-                || state.waiters.values().any(wanted)
+                || !state.waiters.is_empty()
+                || state.blocked_sends > 0
             {
                 return;
             }
@@ -481,6 +486,16 @@ impl Sink for Core {
         drop(payload);
         self.not_sending(peer, header.kind);
         ticket.finish(SendState::Dropped);
+    }
+
+    fn send_blocked(&self, blocked: bool) {
+        let mut state = locked(&self.state);
+        if blocked {
+            state.blocked_sends += 1;
+            self.drained.notify_all();
+        } else {
+            state.blocked_sends -= 1;
+        }
     }
 
     fn lost(&self, peer: Rank, loss: Loss) {

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -192,20 +192,7 @@ impl<S: ByteStream> Transport for StreamTransport<S> {
 impl<S: ByteStream> Shared<S> {
     fn submit(&self, mut message: Outgoing, deadline: Deadline) -> Result<(), SubmitError> {
         let bytes = message.payload.len() as u64;
-        let mut queue = locked(&self.queue);
-        loop {
-            if queue.closed {
-                return Err(SubmitError::Closed);
-            }
-            // A message above the limit may go alone.
-            if queue.bytes == 0 || bytes == 0 || queue.bytes + bytes <= self.limit_bytes {
-                break;
-            }
-            if deadline.has_passed() {
-                return Err(SubmitError::Full { queued_bytes: queue.bytes, limit_bytes: self.limit_bytes });
-            }
-            queue = wait_until(&self.room, queue, deadline);
-        }
+        let mut queue = self.room_for(bytes, deadline)?;
         message.header.sequence = queue.next_sequence;
         queue.next_sequence += 1;
         queue.bytes += bytes;
@@ -239,6 +226,33 @@ impl<S: ByteStream> Shared<S> {
         drop(queue);
         self.work.notify_one();
         Ok(())
+    }
+
+    /// The queue, once it has room for `bytes`; a message above the limit may go alone.
+    fn room_for(&self, bytes: u64, deadline: Deadline) -> Result<MutexGuard<'_, Queue>, SubmitError> {
+        let fits = |queue: &Queue| {
+            queue.closed || queue.bytes == 0 || bytes == 0 || queue.bytes + bytes <= self.limit_bytes
+        };
+        let mut queue = locked(&self.queue);
+        while !fits(&queue) && !deadline.has_passed() {
+            // The sink has a lock of its own, never taken under this one.
+            drop(queue);
+            self.sink.send_blocked(true);
+            queue = locked(&self.queue);
+            while !fits(&queue) && !deadline.has_passed() {
+                queue = wait_until(&self.room, queue, deadline);
+            }
+            drop(queue);
+            self.sink.send_blocked(false);
+            queue = locked(&self.queue);
+        }
+        if queue.closed {
+            Err(SubmitError::Closed)
+        } else if fits(&queue) {
+            Ok(queue)
+        } else {
+            Err(SubmitError::Full { queued_bytes: queue.bytes, limit_bytes: self.limit_bytes })
+        }
     }
 
     /// Books a message that has left whole.

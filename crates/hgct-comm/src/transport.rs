@@ -163,6 +163,10 @@ pub trait Sink: Send + Sync {
     /// A message was dropped unsent.
     fn dropped(&self, peer: Rank, message: Outgoing);
 
+    /// A send begins or ends to wait for room in its queue. Meanwhile no peer may be held back: it may
+    /// be what this send waits for.
+    fn send_blocked(&self, blocked: bool);
+
     /// The connection has ended, or the peer broke the protocol.
     fn lost(&self, peer: Rank, loss: Loss);
 }

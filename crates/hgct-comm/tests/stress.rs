@@ -81,3 +81,34 @@ fn four_ranks_exchange_thirty_megabytes_each_way() {
         });
     }
 }
+
+/// Every rank sends all that it has before it reads anything, as owners of a large model's slices do:
+/// more than queues and mailboxes are meant to hold, in both directions and round a circle.
+#[test]
+fn ranks_that_send_before_they_read_never_wait_for_each_other() {
+    const MESSAGES: u32 = 24;
+    const BYTES: usize = 1 << 20;
+    for (kind, ranks) in KINDS.into_iter().flat_map(|kind| [(kind, 2), (kind, 3)]) {
+        let mut setup = Setup::new(kind);
+        setup.tuning.queue_bytes = 4 << 20;
+        setup.tuning.unread_bytes = 4 << 20;
+        let members = mesh(ranks, setup);
+        each(&members, |me| {
+            let others: Vec<Rank> = me.ranks().iter().copied().filter(|&rank| rank != me.rank()).collect();
+            // Not in the same order everywhere: each begins with the rank after its own.
+            let (before, after): (Vec<Rank>, Vec<Rank>) = others.iter().partition(|&&rank| rank < me.rank());
+            let order = [after, before].concat();
+            for &peer in &order {
+                for i in 0..MESSAGES {
+                    me.send(peer, user(i, 0), vec![(me.rank().0 * 32 + i) as u8; BYTES], soon()).unwrap();
+                }
+            }
+            for &peer in order.iter().rev() {
+                for i in 0..MESSAGES {
+                    let received = me.recv(peer, user(i, 0), soon()).unwrap();
+                    assert_eq!((received.len(), received[BYTES - 1]), (BYTES, (peer.0 * 32 + i) as u8));
+                }
+            }
+        });
+    }
+}
