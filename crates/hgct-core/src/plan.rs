@@ -309,10 +309,15 @@ impl Plan {
     }
 }
 
+/// Most elements of a group: one message carries a group, and 256 MiB of single precision stay far
+/// below what a message may have.
+pub const MAX_GROUP_ELEMENTS: u64 = 1 << 26;
+
 /// Derives who holds every slice and who owns its update.
 ///
 /// Slices with the same holders form a pool; each pool is cut along update blocks among its
-/// holders' ranks in proportion to `weights` (one a rank; how much update work each should do).
+/// holders' ranks in proportion to `weights` (one a rank; how much update work each should do), and a
+/// rank's part into groups of at most [`MAX_GROUP_ELEMENTS`].
 pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64]) -> Vec<OwnedGroup> {
     let num_parameters = model.num_parameters();
     let mut holders = holders_of_tensors(model, stages);
@@ -339,26 +344,32 @@ pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64
             share += if sum > 0.0 { weight(rank) / sum } else { 1.0 / ranks.len() as f64 };
             cut.push((share * total as f64).round() as u64);
         }
-        let mut per_rank: Vec<Vec<Slice>> = vec![Vec::new(); ranks.len()];
         let mut passed = 0u64;
+        // Owner and elements of the pool's newest group. Blocks go to the ranks in their order.
+        let mut newest = None;
         for tensor in &tensors {
             for rows in slice::blocks(tensor, num_parameters) {
                 let elements = (rows.end - rows.start) * tensor.row_elements();
                 let middle = passed + elements / 2;
-                let at = cut.iter().position(|end| middle < *end).unwrap_or(ranks.len() - 1);
+                let owner = ranks[cut.iter().position(|end| middle < *end).unwrap_or(ranks.len() - 1)];
                 passed += elements;
-                let slices = &mut per_rank[at];
+                let fits = |&(of, held): &(Rank, u64)| of == owner && held + elements <= MAX_GROUP_ELEMENTS;
+                let held = newest.filter(fits).map_or_else(
+                    || {
+                        let (holders, slices) = (of_pool.clone(), Vec::new());
+                        groups.push(OwnedGroup { owner, site: UpdateSite::Host, holders, slices });
+                        0
+                    },
+                    |(_, held)| held,
+                );
+                newest = Some((owner, held + elements));
+                let Some(OwnedGroup { slices, .. }) = groups.last_mut() else { continue };
                 match slices.last_mut() {
                     Some(last) if last.tensor == tensor.name && last.end[0] == rows.start => {
                         last.end[0] = rows.end;
                     }
                     _ => slices.push(Slice::rows_of(tensor, rows)),
                 }
-            }
-        }
-        for (owner, slices) in ranks.into_iter().zip(per_rank) {
-            if !slices.is_empty() {
-                groups.push(OwnedGroup { owner, site: UpdateSite::Host, holders: of_pool.clone(), slices });
             }
         }
     }

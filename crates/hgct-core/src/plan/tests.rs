@@ -56,6 +56,25 @@ fn a_plan_is_its_golden_text_and_reads_back() {
 }
 
 #[test]
+fn a_group_fits_into_a_message_however_large_its_tensors_are() {
+    let text = r#"{"model_type": "llama", "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 1, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "tie_word_embeddings": false}"#;
+    let model = ModelSpec::from_config_json("config.json", text).unwrap();
+    let layers = model.num_placeable_layers();
+    let plan = PlanBuilder::new(model, 16, 8)
+        .ranks((0..2).map(rank))
+        .pipeline(1, 4, &[(Rank(0), layers)])
+        .pipeline(1, 4, &[(Rank(1), layers)])
+        .build()
+        .unwrap();
+    let sizes: Vec<u64> = plan.owners.iter().map(OwnedGroup::num_elements).collect();
+    assert!(sizes.iter().all(|size| (1..=MAX_GROUP_ELEMENTS).contains(size)), "{sizes:?}");
+    assert_eq!(sizes.iter().sum::<u64>(), plan.model.num_parameters());
+    Schedule::of(&plan).unwrap().dry_run(&plan).unwrap();
+}
+
+#[test]
 fn the_dry_run_counts_micro_batches_in_flight() {
     let plan = three_stages();
     assert_eq!(Schedule::of(&plan).unwrap().dry_run(&plan).unwrap(), [3, 2, 1]);

@@ -145,6 +145,7 @@ impl<'a> Pricer<'a> {
                 forward_s: stage.forward_s,
                 backward_s: stage.backward_s,
                 transfer_s: stage.transfer_s,
+                recompute: template.stages[at].recompute,
             };
             if at == slowest {
                 let own = stage.forward_s + stage.backward_s;

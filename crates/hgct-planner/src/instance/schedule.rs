@@ -14,6 +14,8 @@ pub(crate) struct Work {
     pub(crate) backward_s: f64,
     /// Seconds of a micro-batch: handing on.
     pub(crate) transfer_s: f64,
+    /// Whether the backward computes the forward again first.
+    pub(crate) recompute: bool,
 }
 
 impl fmt::Display for Schedule {
@@ -50,13 +52,18 @@ impl Schedule {
     /// * 1F1B: a whole micro-batch waits for every other stage once.
     /// * interleaved (v virtual stages a device): a v-th of it; transfers stay, as each virtual
     ///   stage has its own.
-    /// * zero-bubble (ZB-H1 of Qi et al., 2023: `(p − 1)(F + I − W)`, with the backward's halves
-    ///   taken as equal): the forward.
+    /// * zero-bubble: all but the weights' half of the backward. ZB-H1 of Qi et al. (2023) has
+    ///   `(p − 1)(F + I − W)`, but holds p micro-batches on every stage for it; in the memory of 1F1B,
+    ///   `p − i`, the last stage does forward and both halves in turn, and every stage before it
+    ///   waits for `F + I`.
     pub(crate) fn fill_s(self, work: Work) -> f64 {
         let compute = match self {
             Self::OneForwardOneBackward => work.forward_s + work.backward_s,
             Self::Interleaved(_) => (work.forward_s + work.backward_s) / f64::from(self.virtual_stages()),
-            Self::ZeroBubble => work.forward_s,
+            Self::ZeroBubble => {
+                let again_s = if work.recompute { work.forward_s } else { 0.0 };
+                work.forward_s + again_s + (work.backward_s - again_s).max(0.0) / 2.0
+            }
         };
         compute + work.transfer_s
     }

@@ -154,7 +154,8 @@ impl<'t, 'a> Chains<'t, 'a> {
             let again = table.instance.rules.recompute && !of.recompute;
             for layer in 0..layers {
                 let (forward_s, backward_s) = table.compute(choice, size, layer, layer + 1);
-                let of_fill = schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0 });
+                let of_fill =
+                    schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0, recompute: of.recompute });
                 if forward_s + backward_s > 0.0 {
                     fill_part = fill_part.max(of_fill / (forward_s + backward_s));
                 }

@@ -79,7 +79,12 @@ fn kinds(table: &Table<'_>, even: &Even<'_>) -> Vec<Kind> {
                 choice,
                 again,
                 layer: forward_s + backward_s,
-                fill: even.schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0 }),
+                fill: even.schedule.fill_s(Work {
+                    forward_s,
+                    backward_s,
+                    transfer_s: 0.0,
+                    recompute: own.recompute,
+                }),
                 exchange: exchange(table, even, choice),
                 pressure: (free(1.0) - free(0.0)) / (forward_s + backward_s) / pool.memory_bytes,
             }

@@ -195,7 +195,8 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         for layer in 0..table.num_layers {
             let of = |choice: usize| {
                 let (forward_s, backward_s) = table.compute(choice, size, layer, layer + 1);
-                schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0 })
+                let recompute = table.choices[choice].recompute;
+                schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0, recompute })
             };
             let runs = (0..table.choices.len()).filter(|choice| table.runs(*choice, size));
             fill.push(fill[layer] + runs.map(of).fold(f64::INFINITY, f64::min));
@@ -248,7 +249,7 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
                 // What stands before it is not known yet, and may cost nothing.
                 let transfer =
                     table.stage_transfer(kind.size, (first, end), of.end, after, None, 1, kind.schedule);
-                let sums = behind.with(table, kind, StageTime { forward, backward, transfer });
+                let sums = behind.with(table, kind, choice, StageTime { forward, backward, transfer });
                 let bytes = (table.gradient[end] - table.gradient[first]) / f64::from(of.degree);
                 let ring_s = self.rings[of.pool].seconds(bytes);
                 let own = Beside { update_s: 0.0, ring_s };
@@ -294,7 +295,7 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
             num + 1,
             kind.schedule,
         );
-        suffix.behind.with(table, kind, StageTime { forward, backward, transfer })
+        suffix.behind.with(table, kind, choice, StageTime { forward, backward, transfer })
     }
 
     /// Seconds of a stage's update at least.
@@ -525,8 +526,13 @@ impl Sets {
 }
 
 impl Sums {
-    fn with(self, table: &Table<'_>, kind: &Kind, time: StageTime) -> Self {
-        let work = Work { forward_s: time.forward, backward_s: time.backward, transfer_s: time.transfer };
+    fn with(self, table: &Table<'_>, kind: &Kind, choice: usize, time: StageTime) -> Self {
+        let work = Work {
+            forward_s: time.forward,
+            backward_s: time.backward,
+            transfer_s: time.transfer,
+            recompute: table.choices[choice].recompute,
+        };
         let fill = kind.schedule.fill_s(work);
         Self {
             pace: self.pace.max(table.pace(time)),

@@ -63,6 +63,7 @@ impl Form {
                 forward_s: time.forward,
                 backward_s: time.backward,
                 transfer_s: time.transfer,
+                recompute: table.choices[choice].recompute,
             };
             let of_fill = schedule.fill_s(work);
             fill += of_fill;

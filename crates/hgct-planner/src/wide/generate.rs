@@ -156,7 +156,12 @@ impl Generator {
         let weight = f64::from(table.micro_batches[wish.size]) / wish.pace;
         let price = |first: usize, before: Option<usize>| {
             let time = time(first, before);
-            let work = Work { forward_s: time.forward, backward_s: time.backward, transfer_s: time.transfer };
+            let work = Work {
+                forward_s: time.forward,
+                backward_s: time.backward,
+                transfer_s: time.transfer,
+                recompute: of.recompute,
+            };
             cost + wish.prices[of.pool] * f64::from(of.devices) + weight * wish.schedule.fill_s(work)
         };
         if fine(0, None) {
