@@ -125,10 +125,10 @@ impl fmt::Display for Shortage {
                 gib(missing)
             )?;
         }
-        write!(f, "it would fit with ")?;
+        write!(f, "needed are ")?;
         if let (Some((kind, count)), None) = (&self.more, &self.layer) {
-            write!(f, "{count} more devices of {kind}, or with ")?;
+            write!(f, "{count} more devices of {kind} at least, or ")?;
         }
-        write!(f, "{:.1} times the memory on each device", self.factor)
+        write!(f, "{:.1} times the memory on each device at least", self.factor)
     }
 }

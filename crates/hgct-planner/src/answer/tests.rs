@@ -268,7 +268,7 @@ fn a_model_that_fits_nowhere_is_told_by_how_much() {
     assert_eq!(
         text,
         "at least 30.6 GiB are needed, and all devices together have 16.0 GiB beside what frameworks take: 14.6 GiB \
-         are missing; it would fit with 4 more devices of fast, or with 1.9 times the memory on each device"
+         are missing; needed are 4 more devices of fast at least, or 1.9 times the memory on each device at least"
     );
     small.pools[0].memory_bytes = 3.5 * GIB;
     let text = shortage(&small).unwrap().to_string();

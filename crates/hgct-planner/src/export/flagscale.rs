@@ -80,6 +80,10 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
         pipeline.stages.len(),
         plan.shard_optimizer,
     );
+    if meshes.iter().any(|(mesh, _)| mesh[0] != first.tensor_parallel) {
+        // Activations are handed over between unlike degrees only where sequences are divided.
+        text.push_str("    sequence_parallel: true\n");
+    }
     if recompute {
         text.push_str(
             "    recompute_granularity: full\n    recompute_method: uniform\n    recompute_num_layers: 1\n",

@@ -57,7 +57,7 @@ impl Places {
         let slow = slow.collect::<Result<Vec<_>>>()?;
         let factor = |groups: &[Group]| {
             let hits = slow.iter().filter(|(named, _)| groups.iter().any(|group| named.meets(group)));
-            hits.map(|(_, factor)| *factor).fold(1.0, f64::max)
+            hits.map(|(_, factor)| *factor).reduce(f64::max).unwrap_or(1.0)
         };
         let groups = groups
             .map(<[Group]>::to_vec)

@@ -145,6 +145,21 @@ fn schedules_that_promise_a_smaller_bubble_have_one() {
 }
 
 #[test]
+fn zero_bubbles_are_priced_at_what_their_memory_allows() {
+    // Alike stages and no exchange. The price has one pace for all; the simulator plays the order.
+    let instance = instance(rules(Transfer::Overlapped, 0.0), 16);
+    let stages = [(0, 1, 0), (1, 2, 0), (2, 3, 0), (3, 4, 0)];
+    for recompute in [false, true] {
+        let mut of = template(1, 16, Schedule::ZeroBubble, &stages);
+        of.stages.iter_mut().for_each(|stage| stage.recompute = recompute);
+        let layout = layout(vec![of]);
+        let simulated = simulate_layout(&instance, &layout, &plain()).unwrap().pipeline_ns as f64 / 1e9;
+        let priced = price(&instance, &layout).templates[0].total_s;
+        assert!((simulated / priced - 1.0).abs() < 0.05, "{recompute}: {simulated} {priced}");
+    }
+}
+
+#[test]
 fn overlap_hides_exchange_and_series_hides_nothing() {
     let layout = layout(vec![template(2, 8, ONE, &[(0, 2, 0), (2, 4, 1)])]);
     let step = |transfer, overlap| {

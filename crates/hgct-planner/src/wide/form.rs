@@ -117,7 +117,12 @@ impl Form {
             count,
             micro_batch: table.micro_batches[self.size],
             num_micro_batches,
-            schedule: self.schedule,
+            schedule: if self.stages.len() == 1 && self.schedule == Schedule::ZeroBubble {
+                // Nothing to fill: no program needs to know of zero bubbles for it.
+                Schedule::OneForwardOneBackward
+            } else {
+                self.schedule
+            },
             stages: (0..self.stages.len()).map(stage).collect(),
         }
     }
