@@ -40,6 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let out = Path::new(out);
     let checkpoints = Checkpoints::open(out.join("checkpoints"));
+    checkpoints.clean()?;
     let mut to = checkpoints.begin(head, (0..OWNERS as u32).map(Rank), 2)?;
     for owner in 0..OWNERS {
         let mut shard = ShardWriter::new(slices(&model, owner))?;

@@ -127,8 +127,8 @@ impl Checkpoints {
     /// Begins the checkpoint of `head` (a manifest without shards yet) that `ranks` will fill.
     /// After its commit the newest `keep` stay, at least one.
     ///
-    /// Leftovers of interrupted checkpoints are removed first, so no other may be under way in this
-    /// store; a committed one of this step makes place only if it is damaged.
+    /// Those of other steps may be under way. What an interrupted one left must be gone, see
+    /// [`Self::clean`]; a committed one of this step makes place only if it is damaged.
     pub fn begin(
         &self,
         head: Manifest,
@@ -136,7 +136,6 @@ impl Checkpoints {
         keep: usize,
     ) -> Result<CheckpointWriter> {
         let step = head.step;
-        self.clean()?;
         if self.steps()?.contains(&step) {
             match self.verify(step) {
                 Ok(_) => {
@@ -151,6 +150,7 @@ impl Checkpoints {
     }
 
     /// Removes what interrupted checkpoints left: unfinished files, and shards without a manifest.
+    /// One under way looks the same, so clean before the first begins.
     pub fn clean(&self) -> Result<()> {
         self.store.remove_unfinished()?;
         let committed = self.steps()?;

@@ -184,7 +184,7 @@ impl Drop for CheckpointWriter {
     fn drop(&mut self) {
         if !self.committed {
             self.shards.clear();
-            // Best effort: the next `begin` removes what stays.
+            // Best effort: the next `clean` removes what stays.
             let _ = self.checkpoints.discard(self.head.step);
         }
     }

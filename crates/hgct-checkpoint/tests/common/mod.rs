@@ -83,9 +83,10 @@ pub fn halves(step: u64, model: &ModelSpec) -> Vec<Owned> {
     owned(step, model, 2, |tensor, row| u32::from(row >= tensor.rows() / 2))
 }
 
-/// Sends the shards' pieces in turn and commits.
+/// Cleans, sends the shards' pieces in turn and commits.
 pub fn write(checkpoints: &Checkpoints, head: Manifest, owned: Vec<Owned>, keep: usize) -> Result<Committed> {
     let ranks = (0..owned.len() as u32).map(Rank);
+    checkpoints.clean()?;
     let mut to = checkpoints.begin(head, ranks.clone(), keep)?;
     send(&mut to, ranks.zip(owned.into_iter().map(|of_rank| ShardWriter::new(of_rank).unwrap())).collect())?;
     to.commit()
