@@ -7,6 +7,7 @@
 mod connection;
 mod outgoing;
 mod signals;
+mod urgent;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use hgct_control::coordinator::{Command, Config, Coordinator, Effect, Event, Out
 use self::connection::Connections;
 use self::outgoing::Outgoing;
 pub(crate) use self::signals::{block_signals, next_signal};
+use self::urgent::{Inbox, Urgent};
 
 /// Events and updates that may wait; with pieces of at most 1 MiB this bounds memory.
 const QUEUE: usize = 24;
@@ -35,6 +37,7 @@ const MAX_QUEUED_BYTES: u64 = 8 << 20;
 /// A running coordinator, as its driver sees it.
 pub(crate) struct Shell {
     events: SyncSender<Event>,
+    urgent: Urgent,
     updates: Receiver<Update>,
     queued: Arc<AtomicU64>,
     address: SocketAddr,
@@ -50,16 +53,17 @@ impl Shell {
         })?;
         let address = listener.local_addr()?;
         let (events, inbox) = sync_channel(QUEUE);
+        let (urgent, inbox) = urgent::join(&events, inbox);
         let (outbox, updates) = sync_channel(QUEUE);
         let queued = Arc::new(AtomicU64::new(0));
         let connections = Connections::new(events.clone(), Arc::clone(&queued));
         connections.listen(listener, config.run.clone(), token)?;
-        signals::forward(events.clone())?;
+        signals::forward(urgent.clone())?;
         let machine = Coordinator::new(config, monotonic_ns());
         std::thread::Builder::new()
             .name("hgct-coordinator".into())
             .spawn(move || drive(machine, &inbox, &outbox, connections))?;
-        Ok(Self { events, updates, queued, address, outcome: None })
+        Ok(Self { events, urgent, updates, queued, address, outcome: None })
     }
 
     /// Where agents join.
@@ -104,22 +108,22 @@ impl Shell {
     }
 
     /// Ends everything in order and waits for it: all agents and workers are gone afterwards.
-    pub(crate) fn end(mut self) -> Result<Outcome> {
-        if let Some(outcome) = self.outcome.take() {
+    pub(crate) fn end(self) -> Result<Outcome> {
+        if let Some(outcome) = self.outcome {
             return Ok(outcome);
         }
-        self.command(Command::End)?;
+        // A machine that has ended takes no more; its last update says so.
+        let _ = self.urgent.give(Command::End);
         let deadline = Instant::now() + Duration::from_secs(15);
-        while Instant::now() < deadline {
-            match self.poll(Duration::from_millis(200)) {
-                Ok(_) => {}
-                Err(error) => match error.downcast::<Ended>() {
-                    Ok(Ended(outcome)) => return Ok(outcome),
-                    Err(error) => return Err(error),
-                },
+        loop {
+            // Nothing else counts any more, not even that a command before was refused.
+            match self.updates.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Update::Ended { outcome }) => return Ok(outcome),
+                Ok(_) if Instant::now() < deadline => {}
+                Ok(_) | Err(RecvTimeoutError::Timeout) => bail!("the agents did not leave within 15 s"),
+                Err(RecvTimeoutError::Disconnected) => bail!("the coordinator's thread has ended"),
             }
         }
-        bail!("the agents did not leave within 15 s")
     }
 }
 
@@ -132,7 +136,7 @@ pub(crate) struct Ended(pub(crate) Outcome);
 /// heartbeats would stop and agents leave.
 fn drive(
     mut machine: Coordinator,
-    inbox: &Receiver<Event>,
+    inbox: &Inbox,
     updates: &SyncSender<Update>,
     mut connections: Connections,
 ) {
@@ -160,17 +164,35 @@ fn drive(
         if !outgoing.is_empty() {
             wait = wait.min(ROOM);
         }
-        let event = if outgoing.is_full() {
-            std::thread::sleep(wait);
-            Event::Behind
-        } else {
-            match inbox.recv_timeout(wait) {
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => Event::Tick,
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-        };
+        let Ok(event) = inbox.next(wait, outgoing.is_full()) else { return };
         connections.before(&event);
         machine.handle(monotonic_ns(), event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_heard_over_a_queue_that_is_full() {
+        let (events, inbox) = sync_channel(1);
+        let (urgent, inbox) = urgent::join(&events, inbox);
+        let (outbox, updates) = sync_channel(1);
+        // Nobody reads events before the end, as while a driver is behind.
+        events.send(Event::Tick).unwrap();
+        outbox.send(Update::Running).unwrap();
+        let queued = Arc::new(AtomicU64::new(2 * MAX_QUEUED_BYTES));
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let shell = Shell { events, urgent, updates, queued, address, outcome: None };
+        let (said, ended) = sync_channel(1);
+        std::thread::spawn(move || said.send(shell.end()));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while inbox.next(Duration::from_millis(1), true).unwrap() == Event::Behind {
+            assert!(Instant::now() < deadline, "nobody heard of the end");
+        }
+        outbox.send(Update::Ended { outcome: Outcome::Completed }).unwrap();
+        let outcome = ended.recv_timeout(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(outcome, Outcome::Completed);
     }
 }

@@ -1,9 +1,9 @@
 //! Ctrl-C and SIGTERM: the first stops after the current step, the second at once.
 
-use std::sync::mpsc::SyncSender;
-
 use anyhow::{Context as _, Result};
-use hgct_control::coordinator::{Command, Event};
+use hgct_control::coordinator::Command;
+
+use super::urgent::{Gone, Urgent};
 
 /// Keeps SIGINT and SIGTERM from ending this process; call it before any thread starts. Children
 /// are not affected: the standard library empties the mask of what it spawns.
@@ -19,7 +19,7 @@ pub(crate) fn block_signals() -> Result<()> {
 }
 
 /// Turns each signal into a stop.
-pub(super) fn forward(events: SyncSender<Event>) -> Result<()> {
+pub(super) fn forward(urgent: Urgent) -> Result<()> {
     let wait = move || {
         let set = signal_set();
         loop {
@@ -29,7 +29,7 @@ pub(super) fn forward(events: SyncSender<Event>) -> Result<()> {
                 return;
             }
             eprintln!("hgct: stopping after this step; once more stops at once");
-            if events.send(Event::Command { command: Box::new(Command::Stop) }).is_err() {
+            if let Err(Gone) = urgent.give(Command::Stop) {
                 std::process::exit(130);
             }
         }
