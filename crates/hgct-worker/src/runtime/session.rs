@@ -373,7 +373,8 @@ impl Session {
             }
             let due = recipe.checkpoint_every > 0 && step.is_multiple_of(recipe.checkpoint_every);
             let wanted = self.loaded(generation)?.options.final_checkpoint && last;
-            if (due || wanted) && skipped_in_a_row == 0 {
+            // A skipped step changed nothing, so its state is as good as the one before.
+            if due || wanted {
                 self.checkpoint(generation, step)?;
             }
         }
