@@ -219,8 +219,10 @@ struct Watch {
     expectation: Expectation,
     /// The last beat of this generation.
     beat: Option<WorkerBeat>,
-    /// In the worker's clock: it did something then that is no action.
-    progressed_ns: u64,
+    /// In the coordinator's clock, as the next: the last beat was heard.
+    heard_ns: u64,
+    /// It was heard of something that is no action.
+    progressed_ns: Option<u64>,
     stalled: bool,
 }
 
@@ -282,8 +284,15 @@ impl Detector {
         first_step: u64,
         expectation: Expectation,
     ) {
-        let watch =
-            Watch { generation, first_step, expectation, beat: None, progressed_ns: 0, stalled: false };
+        let watch = Watch {
+            generation,
+            first_step,
+            expectation,
+            beat: None,
+            heard_ns: 0,
+            progressed_ns: None,
+            stalled: false,
+        };
         self.watched.insert(worker.clone(), watch);
     }
 
@@ -307,15 +316,14 @@ impl Detector {
             && watch.generation == generation
         {
             watch.beat = Some(beat.clone());
+            watch.heard_ns = now_ns;
         }
     }
 
     /// A worker did something that is no action of the schedule, such as a piece of a checkpoint.
-    pub fn progressed(&mut self, worker: &DeviceId) {
-        if let Some(watch) = self.watched.get_mut(worker)
-            && let Some(beat) = &watch.beat
-        {
-            watch.progressed_ns = beat.now_ns;
+    pub fn progressed(&mut self, now_ns: u64, worker: &DeviceId) {
+        if let Some(watch) = self.watched.get_mut(worker) {
+            watch.progressed_ns = Some(now_ns);
         }
     }
 
@@ -446,11 +454,11 @@ impl Watch {
             Some(action) => self.expectation.allowed_ns(limits, action, is_first_step),
             None => (limits.warming_ns, is_first_step),
         };
-        let start_ns = match beat.action {
-            Some(_) => beat.since_ns,
-            None => beat.since_ns.max(self.progressed_ns),
-        };
-        let since_ns = beat.now_ns.saturating_sub(start_ns);
+        let mut since_ns = beat.now_ns.saturating_sub(beat.since_ns);
+        if let (None, Some(progressed_ns)) = (beat.action, self.progressed_ns) {
+            // By the coordinator's clock: a beat that waited behind a piece for the disk is old.
+            since_ns = since_ns.min(self.heard_ns.saturating_sub(progressed_ns));
+        }
         let waiting = beat.action.map_or(beat.waits, |action| waits(action.operation));
         let stall = Stall { step: beat.step, action: beat.action, since_ns, allowed_ns, warming };
         (since_ns > allowed_ns).then(|| (worker.clone(), stall, waiting))

@@ -256,7 +256,7 @@ impl Coordinator {
                 self.update(Update::Spans { rank, step, clock, actions, transfers });
             }
             FromWorker::ShardChunk { step, num_updates, offset, end } if started => {
-                self.detector.progressed(device);
+                self.detector.progressed(now_ns, device);
                 self.update(Update::ShardChunk { rank, step, num_updates, offset, end, bytes });
             }
             FromWorker::Finished { step, stopped } if started => {

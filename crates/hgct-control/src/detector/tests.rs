@@ -221,11 +221,36 @@ fn beats_of_another_generation_are_life_but_no_progress() {
 fn pieces_of_a_checkpoint_are_progress_between_actions() {
     let mut detector = watching(Some(SECOND_NS));
     beat(&mut detector, 0, 0, 9, None, 100 * SECOND_NS);
-    detector.progressed(&device(0));
+    detector.progressed(0, &device(0));
     beat(&mut detector, 30 * SECOND_NS, 0, 9, None, 130 * SECOND_NS);
     assert!(stalled(&detector.verdicts(30 * SECOND_NS)).is_empty());
     beat(&mut detector, 121 * SECOND_NS, 0, 9, None, 221 * SECOND_NS);
     assert_eq!(stalled(&detector.verdicts(121 * SECOND_NS)), [device(0)]);
+}
+
+#[test]
+fn a_disk_that_stood_still_is_no_stall_of_those_whose_pieces_it_takes_again() {
+    let mut detector = watching(Some(SECOND_NS));
+    let hear = |detector: &mut Detector, now_ns: u64, said_ns: u64| {
+        let beat = WorkerBeat {
+            now_ns: said_ns,
+            step: 9,
+            action: None,
+            waits: false,
+            since_ns: 0,
+            completed: 1,
+            memory_bytes: 1,
+        };
+        detector.beat(now_ns, &node(), &device(0), Generation::default(), &beat);
+        stalled(&detector.verdicts(now_ns))
+    };
+    assert!(hear(&mut detector, SECOND_NS, SECOND_NS).is_empty());
+    // No beat passes the pieces while the disk stands still; then they come, a beat that waited
+    // behind them, and a fresh one.
+    detector.progressed(300 * SECOND_NS, &device(0));
+    assert!(hear(&mut detector, 300 * SECOND_NS, 2 * SECOND_NS).is_empty());
+    assert!(hear(&mut detector, 301 * SECOND_NS, 301 * SECOND_NS).is_empty());
+    assert_eq!(hear(&mut detector, 421 * SECOND_NS, 421 * SECOND_NS), [device(0)]);
 }
 
 #[test]
