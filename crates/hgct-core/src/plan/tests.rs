@@ -163,6 +163,33 @@ fn another_schedule_than_the_plans_is_refused() {
 }
 
 #[test]
+fn owners_meet_where_update_blocks_do() {
+    // The tied embedding is 640 rows in two blocks, 0..512 and 512..640, of two owners.
+    let cut_at = |row: u64| {
+        let mut plan = three_stages();
+        let embedding = |slice: &&mut Slice| slice.tensor == crate::model::EMBEDDING;
+        let slices: Vec<_> =
+            plan.owners.iter_mut().flat_map(|group| &mut group.slices).filter(embedding).collect();
+        assert_eq!(slices.iter().map(|slice| slice.rows()).collect::<Vec<_>>(), [0..512, 512..640]);
+        for slice in slices {
+            let moved = if slice.begin[0] == 0 { &mut slice.end[0] } else { &mut slice.begin[0] };
+            *moved = row;
+        }
+        plan.validate()
+    };
+    cut_at(512).unwrap();
+    for (row, nearest) in [(100, 0), (511, 512), (513, 512), (639, 640)] {
+        assert_eq!(
+            cut_at(row).unwrap_err().to_string(),
+            format!(
+                "plan: owners: rank 0 owns model.embed_tokens.weight[0..{row}, 0..128], cut at row {row} \
+                 inside of an update block; the nearest cut between blocks is row {nearest}"
+            )
+        );
+    }
+}
+
+#[test]
 fn a_receive_without_its_send_is_found() {
     let plan = three_stages();
     let mut schedule = Schedule::of(&plan).unwrap();

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::model::TensorSpec;
 use crate::schedule::Schedule;
+use crate::slice::{Slice, block_rows};
 use crate::{Error, Result};
 
 use super::{Holder, OwnedGroup, Plan, StageId, UpdateSite, holders_of_tensors};
@@ -16,8 +17,8 @@ const MAX_RANKS: usize = 1 << 16;
 
 impl Plan {
     /// Checks the invariants P-2 (every layer exactly once in every pipeline), P-3 (micro-batches
-    /// sum to the global batch), that every slice has one owner and all its holders, and that the
-    /// schedule is the plan's (P-1).
+    /// sum to the global batch), that every slice has one owner and all its holders and is cut where
+    /// update blocks are, and that the schedule is the plan's (P-1).
     pub fn validate(&self) -> Result<()> {
         let fail = |invariant, found| Err(Error::Plan { invariant, found });
         if self.format != Self::FORMAT {
@@ -189,6 +190,7 @@ impl Plan {
         holders: &BTreeMap<String, Vec<Holder>>,
     ) -> Result<()> {
         let fail = |found| Err(Error::Plan { invariant: "owners", found });
+        let num_parameters = self.model.num_parameters();
         if group.site != UpdateSite::Host {
             return Err(Error::NotYet { what: "update site", value: "device".into(), instead: "host" });
         }
@@ -220,7 +222,25 @@ impl Plan {
             if holders.get(&slice.tensor) != Some(&group.holders) {
                 return fail(format!("the holders of {slice} are not those that the stages give"));
             }
+            if let Some((row, nearest)) = cut_inside_block(slice, tensor, num_parameters) {
+                return fail(format!(
+                    "{} owns {slice}, cut at row {row} inside of an update block; the nearest cut between \
+                     blocks is row {nearest}",
+                    group.owner
+                ));
+            }
         }
         Ok(())
     }
+}
+
+/// A row at which a slice of `tensor` is cut though no update block ends there, and the nearest one
+/// where one does. A block with two owners is in neither's gradient norm.
+fn cut_inside_block(slice: &Slice, tensor: &TensorSpec, num_parameters: u64) -> Option<(u64, u64)> {
+    let step = block_rows(tensor, num_parameters);
+    let rows = slice.rows();
+    let row = [rows.start, rows.end].into_iter().find(|row| row % step != 0 && *row != tensor.rows())?;
+    let below = row - row % step;
+    let above = below.saturating_add(step).min(tensor.rows());
+    Some((row, if row - below <= above - row { below } else { above }))
 }
