@@ -171,6 +171,12 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Removes what was written of a checkpoint, unless it has a manifest: whoever wrote that, it
+    /// counts.
+    pub(crate) fn discard_uncommitted(&self, step: u64) -> Result<()> {
+        if self.steps()?.contains(&step) { Ok(()) } else { self.discard(step) }
+    }
+
     pub(crate) fn store(&self) -> &dyn Store {
         self.store.as_ref()
     }

@@ -185,7 +185,7 @@ impl Drop for CheckpointWriter {
         if !self.committed {
             self.shards.clear();
             // Best effort: the next `clean` removes what stays.
-            let _ = self.checkpoints.discard(self.head.step);
+            let _ = self.checkpoints.discard_uncommitted(self.head.step);
         }
     }
 }

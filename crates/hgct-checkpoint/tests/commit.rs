@@ -36,6 +36,16 @@ fn the_newest_are_kept_and_a_committed_step_is_never_written_again() {
 }
 
 #[test]
+fn a_writer_that_is_dropped_keeps_a_step_that_another_committed() {
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoints = Checkpoints::open(folder.path());
+    let dropped = checkpoints.begin(head(10, model()), [Rank(0), Rank(1)], 2).unwrap();
+    commit(&checkpoints, 10, 2).unwrap();
+    drop(dropped);
+    checkpoints.verify(10).unwrap();
+}
+
+#[test]
 fn a_person_may_name_the_run_its_checkpoints_or_one_of_them() {
     let folder = tempfile::tempdir().unwrap();
     let inside = folder.path().join("checkpoints");
