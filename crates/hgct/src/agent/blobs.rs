@@ -1,11 +1,14 @@
 //! Contents by hash: job, tokenizer and token files, as they come over the wire.
 //!
-//! One thread owns the folder. A content grows in `HASH.partial`, also over several connections,
-//! and gets its name only when its bytes have its hash; a worker opens nothing else.
+//! A content grows in `HASH.partial`, also over several connections, and gets its name only when its
+//! bytes have its hash; a worker opens nothing else. Agents may share the folder: who grows a content
+//! holds a lock on its file, and another one that needs it meanwhile grows it beside, under its own
+//! process's name.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -80,6 +83,8 @@ struct Store {
 }
 
 struct Growing {
+    path: PathBuf,
+    /// Locked.
     file: File,
     hasher: Sha256,
     length: u64,
@@ -103,7 +108,7 @@ impl Store {
             return Ok(State { hash, complete: true, size_bytes });
         }
         if !self.growing.contains_key(&hash) {
-            let growing = Growing::open(&self.partial(&hash), size_bytes)?;
+            let growing = self.grow(&hash, size_bytes)?;
             self.growing.insert(hash.clone(), growing);
         }
         self.settle(hash)
@@ -127,17 +132,16 @@ impl Store {
 
     /// The state of a growing content, which gets its name if it is whole.
     fn settle(&mut self, hash: Hash) -> io::Result<State> {
-        let Some(growing) = self.growing.get(&hash) else {
+        let Some(growing) = self.growing.get_mut(&hash) else {
             return Ok(State { hash, complete: false, size_bytes: 0 });
         };
         if growing.length < growing.size_bytes {
             return Ok(State { complete: false, size_bytes: growing.length, hash });
         }
         let size_bytes = growing.size_bytes;
-        let right = Hash::from_digest(&growing.hasher.clone().finalize()) == hash;
-        self.growing.remove(&hash);
-        if right {
-            fs::rename(self.partial(&hash), self.folder.join(hash.as_str()))?;
+        if Hash::from_digest(&growing.hasher.clone().finalize()) == hash {
+            fs::rename(&growing.path, self.folder.join(hash.as_str()))?;
+            self.growing.remove(&hash);
             self.verified.insert(hash.clone());
             return Ok(State { hash, complete: true, size_bytes });
         }
@@ -145,32 +149,52 @@ impl Store {
             "hgct agent: content {} came with other bytes than its hash; from the beginning",
             hash.short()
         );
-        let growing = Growing::empty(&self.partial(&hash), size_bytes)?;
-        self.growing.insert(hash.clone(), growing);
+        growing.restart()?;
         Ok(State { hash, complete: false, size_bytes: 0 })
     }
 
-    fn partial(&self, hash: &Hash) -> PathBuf {
-        self.folder.join(format!("{hash}.partial"))
+    /// Goes on with what an earlier connection left, unless another process does.
+    fn grow(&self, hash: &Hash, size_bytes: u64) -> io::Result<Growing> {
+        if let Some(growing) = Growing::open(self.folder.join(format!("{hash}.partial")), size_bytes)? {
+            return Ok(growing);
+        }
+        let own = self.folder.join(format!("{hash}.{}.partial", std::process::id()));
+        Growing::open(own, size_bytes)?.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::WouldBlock, format!("{} is being written", hash.short()))
+        })
     }
 }
 
 impl Growing {
-    /// What an earlier connection left, or nothing.
-    fn open(path: &Path, size_bytes: u64) -> io::Result<Self> {
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-        let length = file.metadata()?.len();
-        if length > size_bytes {
-            return Self::empty(path, size_bytes);
+    /// What an earlier connection left, or nothing; `None` where another process has the file.
+    fn open(path: PathBuf, size_bytes: u64) -> io::Result<Option<Self>> {
+        loop {
+            let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+            let about = file.metadata()?;
+            // Whoever had it before the lock was taken may have given the file its name since.
+            if !fs::metadata(&path).is_ok_and(|now| now.ino() == about.ino() && now.dev() == about.dev()) {
+                continue;
+            }
+            let mut growing = Self { path, file, hasher: Sha256::new(), length: about.len(), size_bytes };
+            if growing.length > size_bytes {
+                growing.restart()?;
+            } else {
+                feed(&mut growing.hasher, &mut growing.file)?;
+            }
+            return Ok(Some(growing));
         }
-        let mut hasher = Sha256::new();
-        feed(&mut hasher, &mut file)?;
-        Ok(Self { file, hasher, length, size_bytes })
     }
 
-    fn empty(path: &Path, size_bytes: u64) -> io::Result<Self> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
-        Ok(Self { file, hasher: Sha256::new(), length: 0, size_bytes })
+    fn restart(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.hasher = Sha256::new();
+        self.length = 0;
+        Ok(())
     }
 }
 
@@ -232,6 +256,25 @@ mod tests {
     }
 
     #[test]
+    fn two_agents_that_share_the_folder_do_not_mix_their_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let content = b"some tokens of a text";
+        let [mut first, mut second] = [(); 2].map(|()| store(folder.path()));
+        assert_eq!(look(&mut first, content), (false, 0));
+        assert_eq!(look(&mut second, content), (false, 0));
+        for (begin, end) in [(0, 9), (9, 15)] {
+            for store in [&mut first, &mut second] {
+                assert_eq!(piece(store, content, begin, &content[begin..end]), None);
+            }
+        }
+        for store in [&mut first, &mut second] {
+            assert_eq!(piece(store, content, 15, &content[15..]), Some((true, 21)));
+            assert_eq!(fs::read(folder.path().join(Hash::of_bytes(content).as_str())).unwrap(), content);
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing partial is left");
+    }
+
+    #[test]
     fn wrong_bytes_never_get_the_name() {
         let folder = tempfile::tempdir().unwrap();
         let content = b"right";
@@ -261,7 +304,9 @@ mod tests {
         std::os::unix::fs::symlink("/dev/full", &path).unwrap();
         let mut store = store(folder.path());
         // Opened by hand, since this device has no end to read.
-        store.growing.insert(Hash::of_bytes(content), Growing::empty(&path, 7).unwrap());
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let growing = Growing { path, file, hasher: Sha256::new(), length: 0, size_bytes: 7 };
+        store.growing.insert(Hash::of_bytes(content), growing);
         let request = Request::Piece { hash: Hash::of_bytes(content), offset: 0, bytes: content.to_vec() };
         assert_eq!(store.serve(request).unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert!(!folder.path().join(Hash::of_bytes(content).as_str()).exists());
