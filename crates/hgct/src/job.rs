@@ -80,6 +80,11 @@ impl LoadedJob {
         Ok(self)
     }
 
+    /// Text in place of the job's own, as absolute paths.
+    pub(crate) fn other_data(&self) -> &[String] {
+        &self.other_data
+    }
+
     /// Tokenizes the job's text in a child process, unless that was done before.
     pub(crate) fn prepare_data(&self, workspace: &Workspace) -> Result<PreparedData> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;

@@ -125,7 +125,7 @@ fn is_unread(error: &anyhow::Error) -> bool {
 /// A run that began and failed is no bad input.
 fn code_of(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<coordinator::Ended>() {
-        Some(coordinator::Ended(Outcome::Aborted { .. })) => 130,
+        Some(coordinator::Ended(Outcome::Aborted { .. } | Outcome::Stopped { step: None })) => 130,
         Some(_) => 1,
         None => 2,
     }

@@ -7,7 +7,7 @@ use hgct_core::cluster::{Grant, Isolation};
 use super::Inputs;
 use super::facts::{Device, Report};
 use super::shares::Shares;
-use super::summary::Ended;
+use super::summary::{Ended, resume_command};
 use super::text::{bytes, count, or_dash, percent, rate, seconds, short_count};
 use crate::plain_loops::allowance_bytes;
 
@@ -443,8 +443,9 @@ fn next(out: &mut String, inputs: &Inputs, pictures: Pictures) {
             "- `hgct ckpt export {run} --to hf --output model`: a folder that `transformers` loads"
         );
         if inputs.summary.ended != Ended::Trained {
-            let job = inputs.summary.job.as_deref().unwrap_or("job.toml").replace('`', "'");
-            let _ = writeln!(out, "- `hgct train {job} --resume {run}`: go on from it");
+            let job = inputs.summary.job.as_deref().unwrap_or("job.toml");
+            let command = resume_command(job, &inputs.summary.data.given, run.as_str()).replace('`', "'");
+            let _ = writeln!(out, "- `{command}`: go on from it");
         }
     }
     out.push_str("- `hgct bench training`: each kind alone and together, under quotas\n");

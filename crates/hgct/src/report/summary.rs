@@ -90,6 +90,9 @@ pub(crate) struct ModelSummary {
 pub(crate) struct DataSummary {
     /// What it is, for people.
     pub(crate) name: Option<String>,
+    /// What `--data` put in place of the job's text.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) given: Vec<String>,
     /// Tokens to train on.
     pub(crate) tokens: Option<u64>,
     /// Tokens held out.
@@ -98,6 +101,18 @@ pub(crate) struct DataSummary {
     pub(crate) bigram_nats: Option<f64>,
     /// The same of a unigram model.
     pub(crate) unigram_nats: Option<f64>,
+}
+
+/// What continues a run: its text must be the one that it began with.
+pub(crate) fn resume_command(job: &str, data: &[String], run: &str) -> String {
+    let data: String = data.iter().map(|path| format!(" --data {}", shell_word(path))).collect();
+    format!("hgct train {}{data} --resume {run}", shell_word(job))
+}
+
+/// Text as one word for a shell.
+fn shell_word(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-+:,=@%".contains(&b);
+    if text.bytes().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// One device of the plan.
@@ -207,5 +222,20 @@ impl RunSummary {
             memory: MemorySummary::default(),
             events: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_continued_with_its_own_text() {
+        assert_eq!(resume_command("job.toml", &[], "one"), "hgct train job.toml --resume one");
+        let data = ["/a/b.txt".to_owned(), "/it's here/*".to_owned()];
+        assert_eq!(
+            resume_command("job.toml", &data, "one"),
+            r"hgct train job.toml --data /a/b.txt --data '/it'\''s here/*' --resume one"
+        );
     }
 }

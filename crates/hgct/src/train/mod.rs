@@ -1,6 +1,7 @@
 //! `hgct train`: discover → check → profile → plan → train → report, or what of it is not kept.
 
 pub(crate) mod checkpoints;
+mod lock;
 mod observer;
 mod resume;
 mod text;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
+use hgct_checkpoint::Checkpoints;
 use hgct_control::coordinator::{Command, LoadSpec, Outcome, Update};
 use hgct_control::message::{FromWorker, ToWorker, WorkerOptions};
 use hgct_core::canonical;
@@ -22,12 +24,13 @@ use hgct_core::timeline::Timeline;
 use hgct_planner::{Budget, Explanation, PlanInput, Planned};
 
 use self::checkpoints::{Head, Piece, Writer};
+use self::lock::RunLock;
 use self::observer::{Memory, Observer};
 use self::resume::{BadRun, Resume};
 use self::text::Text;
 use crate::coordinator::Ended;
 use crate::job::{LoadedJob, PreparedData};
-use crate::report::summary::Times;
+use crate::report::summary::{Times, resume_command};
 use crate::session::{self, Session};
 use crate::stages::{Choices, Fleet};
 use crate::workspace::{Workspace, write_atomically};
@@ -124,19 +127,15 @@ pub(crate) fn run(workspace: &Workspace, args: &TrainArgs) -> Result<u8> {
     // Before anything is started or written.
     loaded.sources()?;
     let given = args.plan.as_deref().map(|path| given_plan(path, &loaded)).transpose()?;
-    let resumed = args.resume.as_deref().map(|name| Resume::find(workspace, name, &loaded)).transpose()?;
-    if let (Some(resume), Some(until)) = (&resumed, args.until)
-        && until <= resume.step()
-    {
-        let reason = format!("has trained {} steps already, and --until is {until}", resume.step());
-        bail!(BadRun { run: resume.run.clone(), reason });
-    }
-    let run = match (&resumed, &args.run) {
-        (Some(resume), _) => resume.run.clone(),
+    let found = args.resume.as_deref().map(|name| workspace.find_run(name)).transpose()?;
+    let run = match (&found, &args.run) {
+        (Some(found), _) => RunId::new(file_of(found))?,
         (None, Some(run)) => run.clone(),
         (None, None) => RunId::new(format!("{}-{}", crate::date::stamp(), file_name(&loaded.job.name)))?,
     };
     let folder = workspace.run(&run);
+    let _lock = RunLock::take(&folder, &run)?;
+    let resumed = found.map(|found| Resume::find(&found, &run, &loaded, args.until)).transpose()?;
     if resumed.is_none() && folder.join(Workspace::BEGUN).exists() {
         bail!(BadRun { run, reason: "exists already: give another id, or continue it with --resume".into() });
     }
@@ -211,7 +210,11 @@ impl Driver<'_> {
         let checking = Instant::now();
         fleet.check(session, self.workspace, &choices)?;
         self.times.check = Some(checking.elapsed().as_secs_f64());
-        let text = text.look()?;
+        let text = match &self.resumed {
+            // Planning writes over what the run has.
+            Some(resume) => resume.check_text(text)?,
+            None => text.look()?,
+        };
         let chosen = self.plan(session, &mut fleet, &choices)?;
         let plan = Arc::new(chosen.plan.clone());
         let (data, seconds) = text.wait()?;
@@ -431,7 +434,7 @@ impl Driver<'_> {
             Err(Err(error)) => Err(error),
         };
         let failed = match &ended {
-            Ok(Outcome::Completed | Outcome::Stopped { .. }) => None,
+            Ok(outcome) if ended_in_order(outcome) => None,
             Ok(outcome) => Some(outcome.to_string()),
             Err(error) => Some(format!("{error:#}")),
         };
@@ -459,19 +462,33 @@ impl Driver<'_> {
             Err(error) => eprintln!("hgct: the report cannot be written: {error:#}"),
         }
         let error = match ended {
-            Ok(Outcome::Completed | Outcome::Stopped { .. }) => return Ok(u8::from(reported.is_err())),
+            Ok(outcome) if ended_in_order(&outcome) => return Ok(u8::from(reported.is_err())),
             Ok(Outcome::Aborted { reason }) => {
                 eprintln!("hgct: stopped at once: {reason}");
                 return Ok(130);
             }
-            Ok(failed @ Outcome::Failed { .. }) => failed.to_string(),
+            Ok(outcome @ Outcome::Stopped { .. }) => {
+                eprintln!("hgct: {outcome}: no checkpoint was written");
+                return Ok(130);
+            }
+            Ok(outcome) => outcome.to_string(),
             Err(error) => format!("{error:#}"),
         };
         eprintln!("hgct: the run failed: {error}");
-        let (job, run) = (self.args.job.display(), file_of(&self.folder));
-        eprintln!("hgct: continue it from its newest checkpoint with: hgct train {job} --resume {run}");
+        let checkpoints = Checkpoints::open(self.folder.join("checkpoints"));
+        if checkpoints.steps().is_ok_and(|steps| !steps.is_empty()) {
+            let job = self.args.job.to_string_lossy();
+            let command = resume_command(&job, self.loaded.other_data(), &file_of(&self.folder));
+            eprintln!("hgct: continue it from its newest checkpoint with: {command}");
+        }
         Ok(1)
     }
+}
+
+/// Whether all was done, or a stop was carried out behind a checkpoint: one that comes while stages
+/// load leaves none.
+fn ended_in_order(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Completed | Outcome::Stopped { step: Some(_) })
 }
 
 /// What the set-up took before this command, where a script says so.

@@ -54,6 +54,7 @@ impl Observer {
         let meta = &data.prepared.meta;
         summary.data = DataSummary {
             name: Some(loaded.job.data.paths.join(", ")),
+            given: loaded.other_data().to_vec(),
             tokens: Some(meta.train_tokens),
             held_out_tokens: Some(meta.held_out_tokens),
             bigram_nats: data.baselines.as_ref().map(|baselines| baselines.bigram_nats),

@@ -1,17 +1,19 @@
 //! A run that goes on: its newest checkpoint that verifies, and who gets which part of it.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use hgct_checkpoint::{Checkpoint, Checkpoints};
 use hgct_control::coordinator::Command;
+use hgct_core::canonical::Hash;
 use hgct_core::ids::RunId;
 use hgct_core::plan::Plan;
 use hgct_core::slice::{Role, Slice};
 
-use super::file_of;
+use super::text::Text;
 use crate::ckpt::newest_verified;
 use crate::job::LoadedJob;
 use crate::session::Session;
-use crate::workspace::Workspace;
 
 /// A run to continue.
 pub(super) struct Resume {
@@ -28,25 +30,37 @@ pub(super) struct BadRun {
 }
 
 impl Resume {
-    /// The newest checkpoint of a run that verifies; says which newer ones do not.
-    pub(super) fn find(workspace: &Workspace, name: &str, loaded: &LoadedJob) -> Result<Self> {
-        let folder = workspace.find_run(name)?;
-        let run = RunId::new(file_of(&folder))?;
+    /// The newest checkpoint in the folder of a run that verifies; says which newer ones do not.
+    /// [`BadRun`] where the job has no step left to train, before `until` or at all.
+    pub(super) fn find(folder: &Path, run: &RunId, loaded: &LoadedJob, until: Option<u64>) -> Result<Self> {
+        let bad = |reason| BadRun { run: run.clone(), reason };
         let checkpoints = Checkpoints::open(folder.join("checkpoints"));
         let Some(checkpoint) = newest_verified(&checkpoints)? else {
-            bail!(BadRun { run, reason: "has no checkpoint that verifies".into() });
+            bail!(bad("has no checkpoint that verifies".into()));
         };
         if checkpoint.manifest().model != loaded.model {
-            bail!(BadRun {
-                run,
-                reason: format!("trained another model than that of {}", loaded.path.display())
-            });
+            bail!(bad(format!("trained another model than that of {}", loaded.path.display())));
+        }
+        let (step, steps) = (checkpoint.manifest().step, loaded.job.recipe.steps);
+        if let Some(reason) = nothing_left(step, steps, until) {
+            bail!(bad(reason));
         }
         if checkpoint.manifest().job != loaded.job.hash() {
             eprintln!("hgct: {} has changed since the checkpoint was written", loaded.path.display());
         }
-        eprintln!("resuming {run} after step {}", checkpoint.manifest().step);
-        Ok(Self { run, checkpoint })
+        eprintln!("resuming {run} after step {step}");
+        Ok(Self { run: run.clone(), checkpoint })
+    }
+
+    /// Waits for the text; [`BadRun`] where its tokens mean other words than those that the
+    /// checkpoint's embeddings were trained on.
+    pub(super) fn check_text(&self, text: Text) -> Result<Text> {
+        let (data, seconds) = text.wait()?;
+        let found = &data.prepared.meta.tokenizer.sha256;
+        if let Some(reason) = other_tokenizer(self.checkpoint.manifest().tokenizer.as_ref(), found) {
+            bail!(BadRun { run: self.run.clone(), reason });
+        }
+        Ok(Text::Here(Box::new((data, seconds))))
     }
 
     pub(super) fn step(&self) -> u64 {
@@ -72,5 +86,50 @@ impl Resume {
             }
         }
         Ok(())
+    }
+}
+
+/// Why a run after `step` has nothing to train, if it has not.
+fn nothing_left(step: u64, steps: u64, until: Option<u64>) -> Option<String> {
+    let end = until.unwrap_or(steps).min(steps);
+    let limit = if end == steps { "recipe.steps" } else { "--until" };
+    (end <= step)
+        .then(|| format!("has trained {step} steps already, and {limit} is {end}: raise it to go on"))
+}
+
+/// Why a text with this tokenizer cannot continue what was `trained`, if it cannot.
+fn other_tokenizer(trained: Option<&Hash>, found: &Hash) -> Option<String> {
+    let trained = trained.filter(|trained| *trained != found)?;
+    Some(format!(
+        "was trained with tokenizer {}, and that of this text is {}: resume it with the text that it began \
+         with, by --data where that was given then",
+        trained.short(),
+        found.short()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_goes_on_only_where_steps_are_left() {
+        assert_eq!(nothing_left(8, 12, None), None);
+        assert_eq!(nothing_left(8, 12, Some(9)), None);
+        for (steps, until, limit) in
+            [(8, None, "recipe.steps is 8"), (4, Some(9), "recipe.steps is 4"), (12, Some(8), "--until is 8")]
+        {
+            let reason = nothing_left(8, steps, until).unwrap();
+            assert!(reason.starts_with("has trained 8 steps already") && reason.contains(limit), "{reason}");
+        }
+    }
+
+    #[test]
+    fn a_run_goes_on_only_with_its_tokenizer() {
+        let [one, other] = ["one", "other"].map(|text| Hash::of_bytes(text.as_bytes()));
+        assert_eq!(other_tokenizer(Some(&one), &one), None);
+        assert_eq!(other_tokenizer(None, &one), None, "a checkpoint that names none");
+        let reason = other_tokenizer(Some(&one), &other).unwrap();
+        assert!(reason.contains(one.short()) && reason.contains("--data"), "{reason}");
     }
 }
