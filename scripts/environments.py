@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 # Part of every stamp: a change here makes all environments be looked at again.
 LAYOUT = 1
 # Download time above this is printed and need not count as the user's wait for hgct.
@@ -92,6 +94,7 @@ class Environment:
     python: str  # the interpreter that makes the environment
     python_version: str
 
+    wheel: Path | None = None  # the hgct wheel to install
     download: tuple[float, float, int] | None = None  # begin, end (monotonic seconds), bytes
     unusable: str | None = None
     stamp: dict = field(default_factory=dict)
@@ -159,14 +162,16 @@ def main() -> int:
     arguments = parse_arguments()
     root = arguments.root.resolve()
     environments = wanted_environments(arguments, root)
+    wheel = arguments.wheel and arguments.wheel.resolve()
+    for environment in environments:
+        environment.wheel = wheel
     missing = [e for e in environments if not e.read_stamp()]
     for environment in environments:
         if environment not in missing:
             environment.say(f"stands ({environment.stamp['framework_version']}, Python {environment.python_version})")
     set_aside_for_disk(root, missing)
     run_side_by_side(install, [e for e in missing if e.unusable is None])
-    if arguments.wheel:
-        wheel = arguments.wheel.resolve()
+    if wheel:
         run_side_by_side(lambda e: install_wheel(e, wheel), [e for e in environments if e.unusable is None])
     write_table(root, environments)
     print_downloads(root, environments)
@@ -175,7 +180,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
+    parser.add_argument("--root", type=Path, default=REPOSITORY, help="the repository")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"comma-separated, of: {', '.join(KINDS)}")
     parser.add_argument("--python", default=sys.executable, help="interpreter that the environments are made with")
     parser.add_argument("--wheel", type=Path, help="the hgct wheel to install into each environment")
@@ -413,8 +418,18 @@ def replace(path: Path, text: str) -> None:
 
 
 def command(environment: Environment) -> str:
-    second = "" if environment.name in KINDS else f" --second-kind {environment.kind.engine} --second-python {environment.python}"
-    return f"python3 scripts/environments.py --kinds {environment.name if not second else ''}{second}".strip()
+    """What makes this environment anew, to be pasted into a shell."""
+    if environment.name in KINDS:
+        which = ["--kinds", environment.name]
+        if environment.python != sys.executable:
+            which += ["--python", environment.python]
+    else:
+        which = ["--kinds", "", "--second-kind", environment.kind.engine, "--second-python", environment.python]
+    if environment.root != REPOSITORY:
+        which += ["--root", str(environment.root)]
+    if environment.wheel:
+        which += ["--wheel", str(environment.wheel)]
+    return shlex.join(["python3", str(REPOSITORY / "scripts" / "environments.py"), *which])
 
 
 def normal(requirement: str) -> str:

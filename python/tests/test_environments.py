@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,20 @@ class Environments(unittest.TestCase):
         self.assertEqual(result.returncode, 1, result.stderr)
         self.assertIn("pip install -r", self.table()["mlx"]["unusable"])
         self.assertIn("mlx:        set aside: pip download failed", result.stdout)
+
+    def test_the_command_to_try_again_is_one_that_is_understood(self) -> None:
+        row = self.rows()[-1]
+        second = environments.Environment("mlx-py312", row.kind, self.root, "/a place/python3.12", "3.12.0")
+        first = environments.Environment("mlx", row.kind, self.root, "/a place/python3.12", "3.12.0")
+        wheel = self.root / "hgct 1.whl"
+        wheel.touch()
+        for environment, kinds in ((second, []), (first, ["mlx"])):
+            environment.wheel = wheel
+            with mock.patch.object(sys, "argv", shlex.split(environments.command(environment))[1:]):
+                read = environments.parse_arguments()
+            self.assertEqual((read.kinds, read.root, read.wheel), (kinds, self.root, wheel))
+            python = read.python if kinds else read.second_python
+            self.assertEqual((python, read.second_kind), ("/a place/python3.12", "mlx"))
 
     def test_a_wrong_call_is_refused(self) -> None:
         for arguments, words in ((["--kinds", "tensorflow"], "allowed: torch"), (["--wheel", "no.whl"], "not a file")):
