@@ -1,7 +1,7 @@
 //! The folder `.hgct`: environments, caches and runs, and what is kept there by content.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -94,27 +94,77 @@ impl Workspace {
     }
 }
 
-/// Writes a file whole or not at all.
+/// Writes a file whole or not at all. A symbolic link stays, and the file that it names is replaced; a
+/// device, FIFO or the like is never replaced but written to.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
-    let folder = path.parent().with_context(|| format!("{} has no folder", path.display()))?;
-    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = folder.join(format!(".{name}.{}", std::process::id()));
-    let write = || -> std::io::Result<()> {
+    let write = || -> io::Result<()> {
+        match fs::metadata(path) {
+            Ok(found) if !found.is_file() => fs::OpenOptions::new().write(true).open(path)?.write_all(bytes),
+            Ok(_) => replace(&path.canonicalize()?, bytes, mode),
+            // A link to nothing: it is not known what was meant.
+            Err(error) if path.is_symlink() => Err(error),
+            Err(_) => replace(path, bytes, mode),
+        }
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Puts a file in the place of another, or where there is none, by a rename.
+fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "this is no name of a file"));
+    };
+    fs::create_dir_all(folder)?;
+    let temporary = folder.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+    let write = || -> io::Result<()> {
         let mut file =
             fs::OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write()
-        .inspect_err(|_| drop(fs::remove_file(&temporary)))
-        .with_context(|| format!("cannot write {}", path.display()))
+    write().inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::os::unix::fs::FileTypeExt as _;
+
     use super::*;
+
+    #[test]
+    fn a_link_stays_and_the_file_that_it_names_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let [file, link, nothing] = ["deep/file", "link", "nothing"].map(|name| folder.path().join(name));
+        write_atomically(&file, b"first", 0o644).unwrap();
+        std::os::unix::fs::symlink("deep/file", &link).unwrap();
+        write_atomically(&link, b"second", 0o644).unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(&file).unwrap(), b"second");
+        std::os::unix::fs::symlink("gone", &nothing).unwrap();
+        assert!(write_atomically(&nothing, b"third", 0o644).is_err());
+        assert!(nothing.is_symlink());
+    }
+
+    #[test]
+    fn what_is_no_file_is_written_to_and_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let [fifo, link] = ["fifo", "link"].map(|name| folder.path().join(name));
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        std::os::unix::fs::symlink("fifo", &link).unwrap();
+        for path in [&fifo, &link] {
+            // Open for both, so that no side waits for the other, and what replaced it would be told.
+            let mut both = fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+            write_atomically(path, b"bytes", 0o644).unwrap();
+            assert!(fs::metadata(&fifo).unwrap().file_type().is_fifo());
+            let mut found = [0; 5];
+            both.read_exact(&mut found).unwrap();
+            assert_eq!(&found, b"bytes");
+        }
+        assert!(link.is_symlink());
+        assert!(write_atomically(folder.path(), b"bytes", 0o644).is_err());
+    }
 
     #[test]
     fn the_latest_run_is_one_that_came_to_train() {
