@@ -43,6 +43,11 @@ pub(crate) struct Options {
     pub(crate) warming: Duration,
 }
 
+/// Parser of a number of seconds to wait: a day at most, which no clock overflows.
+pub(crate) fn seconds() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(..=86_400)
+}
+
 /// Name of the node whose agent a command starts itself.
 pub(crate) const LOCAL: &str = "local";
 

@@ -65,7 +65,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, value_name = "DIR")]
     vendors: Option<PathBuf>,
     /// Seconds to wait for the coordinator
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = crate::session::seconds())]
     wait: u64,
 }
 

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long)]
     fresh: bool,
     /// Seconds that one framework may take to answer
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     deadline: u64,
 }
 

@@ -51,7 +51,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
     /// Seconds to wait for agents
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = session::seconds())]
     pub(crate) gather: u64,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "STEP", value_parser = clap::value_parser!(u64).range(1..))]
     until: Option<u64>,
     /// Seconds that a worker may take before its first action
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = session::seconds())]
     warming: u64,
     /// Id of the run, which is the name of its folder
     #[arg(long, value_name = "ID")]
