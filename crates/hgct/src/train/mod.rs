@@ -97,7 +97,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = session::seconds())]
     warming: u64,
     /// Id of the run, which is the name of its folder
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", conflicts_with = "resume")]
     run: Option<RunId>,
     #[command(flatten)]
     devices: DeviceArgs,
