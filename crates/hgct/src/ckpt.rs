@@ -1,6 +1,5 @@
 //! `hgct ckpt`: what is in a checkpoint, and its export to others' forms.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -10,6 +9,7 @@ use hgct_core::canonical;
 use hgct_data::blocks::sha256_file;
 use hgct_data::tokenizer::Tokenizer;
 
+use crate::output::print;
 use crate::workspace::Workspace;
 
 /// `hgct ckpt`
@@ -63,15 +63,10 @@ enum Form {
 }
 
 pub(crate) fn run(workspace: &Workspace, args: &CkptArgs) -> Result<u8> {
-    let mut out = std::io::stdout().lock();
     match &args.command {
         CkptCommand::Inspect { checkpoint, json } => {
             let summary = find(workspace, checkpoint)?.summary();
-            if *json {
-                write!(out, "{}", canonical::encode(&summary))?;
-            } else {
-                writeln!(out, "{summary}")?;
-            }
+            print(&if *json { canonical::encode(&summary) } else { format!("{summary}\n") })?;
         }
         CkptCommand::Export { checkpoint, to: Form::Hf, output, tokenizer, json } => {
             let checkpoint = find(workspace, checkpoint)?;
@@ -88,15 +83,14 @@ pub(crate) fn run(workspace: &Workspace, args: &CkptArgs) -> Result<u8> {
             };
             let exported = export_hf(&checkpoint, tokenizer.as_ref(), output, &ExportOptions::default())?;
             if *json {
-                write!(out, "{}", canonical::encode(&exported))?;
+                print(&canonical::encode(&exported))?;
             } else {
-                writeln!(
-                    out,
-                    "{}: {} ({} bytes of tensors)",
+                print(&format!(
+                    "{}: {} ({} bytes of tensors)\n",
                     exported.path,
                     exported.files.join(", "),
                     exported.size_bytes
-                )?;
+                ))?;
             }
         }
     }

@@ -1,6 +1,5 @@
 //! The stages of a run, each alone: `hgct check`, `hgct profile`, `hgct plan`.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -13,8 +12,9 @@ use hgct_core::profile::{DeviceProfile, LinkProfile, Profile};
 use serde::Serialize;
 
 use crate::job::LoadedJob;
+use crate::output::print;
 use crate::session::Session;
-use crate::stages::{Choices, Fleet, parse_cluster};
+use crate::stages::{Choices, Fleet};
 use crate::train::{AgentArgs, DeviceArgs, session_options};
 use crate::workspace::Workspace;
 
@@ -58,7 +58,6 @@ pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
         let lost = fleet.set_aside.into_iter().map(|(device, reason)| (device.to_string(), None, reason));
         Ok((fleet.checks, lost.chain(broken).collect::<Vec<Lost>>()))
     })?;
-    let mut out = std::io::stdout().lock();
     if args.json {
         #[derive(Serialize)]
         struct Row<'a> {
@@ -83,13 +82,13 @@ pub(crate) fn check(workspace: &Workspace, args: &CheckArgs) -> Result<u8> {
             checks: &[],
         });
         let rows: Vec<Row<'_>> = found.chain(lost).collect();
-        write!(out, "{}", canonical::encode(&serde_json::json!({ "rows": rows })))?;
+        print(&canonical::encode(&serde_json::json!({ "rows": rows })))?;
     } else {
         for report in &reports {
-            writeln!(out, "{report}")?;
+            print(&format!("{report}\n"))?;
         }
         for (device, _, reason) in &lost {
-            writeln!(out, "{device}: FAIL: {reason}")?;
+            print(&format!("{device}: FAIL: {reason}\n"))?;
         }
     }
     if reports.is_empty() && lost.is_empty() {
@@ -125,9 +124,6 @@ pub(crate) struct PlanArgs {
     /// Write the document to this file too
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
-    /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
-    #[arg(long, value_name = "FILE", requires = "cluster")]
-    pub(crate) profile: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) devices: DeviceArgs,
     #[command(flatten)]
@@ -139,7 +135,6 @@ pub(crate) fn profile(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
     let loaded = LoadedJob::read(&args.job)?;
     let (_, profile) = measured(workspace, &loaded, args)?;
     keep(args.output.as_ref(), &profile)?;
-    let mut out = std::io::stdout().lock();
     if args.json {
         #[derive(Serialize)]
         struct Printed<'a> {
@@ -150,34 +145,25 @@ pub(crate) fn profile(workspace: &Workspace, args: &PlanArgs) -> Result<u8> {
             links: &'a [LinkProfile],
         }
         let Profile { measured_at, seq_len, isolation, devices: rows, links, .. } = &profile;
-        write!(
-            out,
-            "{}",
-            canonical::encode(&Printed {
-                measured_at,
-                seq_len: *seq_len,
-                isolation: *isolation,
-                rows,
-                links
-            })
-        )?;
+        print(&canonical::encode(&Printed {
+            measured_at,
+            seq_len: *seq_len,
+            isolation: *isolation,
+            rows,
+            links,
+        }))?;
     } else {
-        write!(out, "{}", table(&profile))?;
+        print(&table(&profile))?;
     }
     Ok(0)
 }
 
-/// The cluster and its profile: from files, or from the devices.
+/// The cluster and its profile, measured or kept from an earlier time.
 pub(crate) fn measured(
     workspace: &Workspace,
     loaded: &LoadedJob,
     args: &PlanArgs,
 ) -> Result<(ClusterSpec, Profile)> {
-    if let (Some(profile), Some(cluster)) = (&args.profile, &args.devices.cluster) {
-        let text =
-            std::fs::read_to_string(profile).with_context(|| format!("cannot read {}", profile.display()))?;
-        return Ok((parse_cluster(cluster)?, canonical::decode(&profile.to_string_lossy(), &text)?));
-    }
     let choices = Choices {
         cluster: args.devices.cluster.clone(),
         devices: loaded.job.policy.devices.clone(),

@@ -1,7 +1,6 @@
 //! A job with the documents that it names.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -16,6 +15,7 @@ use hgct_data::prepare::Phase;
 use hgct_data::{Options, Prepared, Sources, TokenFile, TokenizerChoice, registry};
 use serde::{Deserialize, Serialize};
 
+use crate::output::print;
 use crate::workspace::Workspace;
 
 /// Bytes of text on which a tokenizer is trained at most.
@@ -218,19 +218,17 @@ pub(crate) fn prepare_data(workspace: &Workspace, args: &DataArgs) -> Result<u8>
         None
     };
     let answer = PreparedData { prepared, baselines };
-    let mut out = std::io::stdout().lock();
     if args.json {
-        write!(out, "{}", canonical::encode(&answer))?;
+        print(&canonical::encode(&answer))?;
     } else {
         let meta = &answer.prepared.meta;
-        writeln!(
-            out,
-            "{} tokens to train on, {} held out, vocabulary {}, in {}",
+        print(&format!(
+            "{} tokens to train on, {} held out, vocabulary {}, in {}\n",
             meta.train_tokens,
             meta.held_out_tokens,
             meta.vocab_size,
             answer.prepared.folder.display()
-        )?;
+        ))?;
     }
     Ok(0)
 }

@@ -1,7 +1,6 @@
 //! What can be done with a plan that is there: `hgct simulate`, `hgct export`.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -18,6 +17,7 @@ use hgct_planner::words::{count, nanoseconds, seconds};
 use serde_json::{Value, json};
 
 use crate::job::LoadedJob;
+use crate::output::print;
 use crate::report::pictures;
 use crate::workspace::write_atomically;
 
@@ -106,7 +106,7 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<u8> {
         write_atomically(path, canonical::encode(&result.timeline).as_bytes(), 0o644)?;
     }
     let text = if args.json { canonical::encode(&result.figures) } else { result.text };
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the simulation")?;
+    print(&text)?;
     Ok(0)
 }
 
@@ -264,11 +264,10 @@ pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
             eprintln!("wrote {}", path.display());
         }
     }
-    let mut out = std::io::stdout().lock();
     if args.json {
         let rows: Vec<Value> =
             files.iter().map(|file| json!({ "file": file.name, "text": file.text })).collect();
-        write!(out, "{}", canonical::encode(&json!({ "program": args.to, "rows": rows })))?;
+        print(&canonical::encode(&json!({ "program": args.to, "rows": rows })))?;
         return Ok(0);
     }
     if args.output.is_some() {
@@ -276,9 +275,9 @@ pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
     }
     for file in &files {
         if files.len() > 1 {
-            writeln!(out, "==> {} <==", file.name)?;
+            print(&format!("==> {} <==\n", file.name))?;
         }
-        write!(out, "{}", file.text)?;
+        print(&file.text)?;
     }
     Ok(0)
 }

@@ -25,6 +25,7 @@ mod grants;
 mod job;
 mod layouts;
 mod metrics;
+mod output;
 mod plain_loops;
 mod planning;
 mod process;
@@ -99,7 +100,9 @@ fn main() -> ExitCode {
         | Command::Data(_)
         | Command::Simulate(_)
         | Command::Export(_)
-        | Command::Validate(_) => false,
+        | Command::Validate(_)
+        // Serves from when it has joined.
+        | Command::Agent(_) => false,
         Command::Plan(args) => !args.only_documents(),
         _ => true,
     };
@@ -107,19 +110,11 @@ fn main() -> ExitCode {
     let done = blocked.and_then(|()| run(&cli));
     match done {
         Ok(code) => ExitCode::from(code),
-        // As with `hgct report latest | head`: who reads has enough.
-        Err(error) if !serves && is_unread(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hgct: {error:#}");
             ExitCode::from(code_of(&error))
         }
     }
-}
-
-/// Whether standard output was closed by who reads it.
-fn is_unread(error: &anyhow::Error) -> bool {
-    let is_broken = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
-    error.chain().filter_map(|cause| cause.downcast_ref()).any(is_broken)
 }
 
 /// A run that began and failed is no bad input.

@@ -1,7 +1,6 @@
 //! `hgct validate`: how well prices agree with plans that were really run.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -9,6 +8,8 @@ use hgct_core::canonical;
 use hgct_planner::tables::{Tables, parse_measured_layers, parse_measured_transformers};
 use hgct_planner::truth::{Constants, CrossValidation, Measured, Row, Summary, cross_validate, summaries};
 use serde_json::{Value, json};
+
+use crate::output::print;
 
 /// `hgct validate`
 #[derive(Debug, clap::Args)]
@@ -43,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<u8> {
     } else {
         table(&rows, &sets, crossed.as_ref())
     };
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the rows")?;
+    print(&text)?;
     Ok(0)
 }
 

@@ -80,7 +80,9 @@ pub(crate) fn run(folder: &Path, args: &AgentArgs) -> Result<u8> {
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     // Workers run elsewhere: every path that they hear is absolute.
     let folder = folder.canonicalize().with_context(|| format!("cannot find {}", folder.display()))?;
+    // Until it has joined, a signal simply ends it; no thread runs yet that would not block them.
     let joined = link::join(&args.join, &token, &node, Duration::from_secs(args.wait))?;
+    crate::coordinator::block_signals()?;
     let (here, there) = (joined.stream.local_addr()?.ip(), joined.stream.peer_addr()?.ip());
     let run = joined.peer.run.clone();
     eprintln!("hgct agent: joined run {run} at {} as node {node}", args.join);

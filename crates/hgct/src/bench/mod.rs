@@ -8,7 +8,6 @@ mod training;
 mod worker;
 
 use std::fmt::Display;
-use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -16,6 +15,7 @@ use clap::{Args, Subcommand};
 use hgct_core::canonical;
 use serde::Serialize;
 
+use crate::output::print;
 use crate::workspace::{Workspace, write_atomically};
 
 /// `hgct bench`
@@ -56,5 +56,5 @@ fn deliver<B: Serialize + Display>(bench: &B, name: &str, folder: Option<&Path>,
         write_atomically(&folder.join(format!("{name}.txt")), text.as_bytes(), 0o644)?;
     }
     let printed = if json { object } else { text };
-    std::io::stdout().lock().write_all(printed.as_bytes()).context("cannot print the result")
+    print(&printed)
 }

@@ -16,6 +16,7 @@ use super::figures::Figure;
 use super::training::{DATA, job, speed, train_alone};
 use crate::environments::Environments;
 use crate::job::{LoadedJob, PreparedData};
+use crate::output::print;
 use crate::plain_loops::PlainLoop;
 use crate::session::{Session, with_grants};
 use crate::stages::{Choices, Fleet};
@@ -95,11 +96,7 @@ pub(crate) fn run(workspace: &Workspace, args: &WorkerArgs) -> Result<u8> {
     let closed = session.close();
     let bench = result?;
     closed?;
-    if args.json {
-        print!("{}", canonical::encode(&bench));
-    } else {
-        println!("{bench}");
-    }
+    print(&if args.json { canonical::encode(&bench) } else { format!("{bench}\n") })?;
     Ok(0)
 }
 

@@ -1,7 +1,6 @@
 //! `hgct devices`: the answer for people and for programs.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use hgct_core::ids::NodeId;
 use serde::Serialize;
 
 use super::{Discovery, Options, discover};
+use crate::output::print;
 use crate::workspace::write_atomically;
 use crate::{grants, vendors};
 
@@ -65,7 +65,7 @@ pub(crate) fn run(folder: &Path, args: &Args) -> anyhow::Result<u8> {
         cluster.validate("the discovered cluster")?;
         write_atomically(path, cluster.to_toml().as_bytes(), 0o644)?;
     }
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the devices")?;
+    print(&text)?;
     Ok(u8::from(discovery.node.devices.is_empty()))
 }
 

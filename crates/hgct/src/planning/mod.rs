@@ -6,7 +6,6 @@ mod problem;
 mod search;
 mod tables;
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -68,7 +67,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Plan from this profile; nothing is measured and no device is needed (with --cluster)
-    #[arg(long, value_name = "FILE", requires = "cluster", conflicts_with_all = ["seq_len", "precision", "accelerators"])]
+    #[arg(long, value_name = "FILE", requires = "cluster", conflicts_with_all = ["seq_len", "precision", "accelerators"], conflicts_with_all = OF_DEVICES)]
     profile: Option<PathBuf>,
     #[command(flatten)]
     large: Large,
@@ -132,9 +131,9 @@ pub(crate) struct Large {
 }
 
 impl Args {
-    /// Whether only documents are read: no device, no agent, no folder of runs.
+    /// Whether only documents are read: no device, no agent.
     pub(crate) fn only_documents(&self) -> bool {
-        self.job.is_none()
+        self.job.is_none() || self.profile.is_some()
     }
 }
 
@@ -148,15 +147,14 @@ pub(crate) fn run(dir: &Path, args: &Args) -> Result<u8> {
     }
     match (&args.job, &args.large.model) {
         (Some(job), _) => {
-            let args = PlanArgs {
+            let measured = PlanArgs {
                 job: job.clone(),
                 json: args.json,
                 output: args.output.clone(),
-                profile: args.profile.clone(),
                 devices: args.devices.clone(),
                 agents: args.agents.clone(),
             };
-            job::plan(&Workspace::open(dir)?, &args)
+            job::plan(&Workspace::open(dir)?, &measured, args.profile.as_deref())
         }
         (None, Some(model)) => from_documents(args, model),
         (None, None) => bail!(
@@ -379,7 +377,7 @@ fn print(
         let more = more.map_or_else(String::new, |(text, ..)| format!("{text}\n"));
         format!("{more}{}{hint}Searched for {}.\n", answer.tell(why), seconds(search_seconds))
     };
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the plan")?;
+    crate::output::print(&text)?;
     Ok(0)
 }
 
@@ -401,7 +399,7 @@ fn compare_files(first: &Path, second: &Path, json: bool) -> Result<u8> {
     let [a, b] = [read_answer(first)?, read_answer(second)?];
     let compared = compare(&a, &b);
     let text = if json { canonical::encode(&compared) } else { compared.to_string() };
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the comparison")?;
+    crate::output::print(&text)?;
     Ok(0)
 }
 

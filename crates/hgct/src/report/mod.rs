@@ -22,7 +22,6 @@ mod text;
 mod timeline_picture;
 mod trace;
 
-use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
@@ -34,6 +33,7 @@ use hgct_core::timeline::Timeline;
 use serde::Deserialize;
 
 use crate::metrics::Metrics;
+use crate::output::print;
 use crate::workspace::{Workspace, write_atomically};
 use facts::Report;
 use summary::RunSummary;
@@ -57,7 +57,7 @@ pub(crate) struct Args {
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<u8> {
     let written = write(&workspace.find_run(&args.run)?)?;
     let text = if args.json { canonical::encode(&written.report) } else { written.markdown };
-    std::io::stdout().lock().write_all(text.as_bytes()).context("cannot print the report")?;
+    print(&text)?;
     Ok(0)
 }
 
