@@ -10,7 +10,7 @@ mod worker;
 use std::fmt::Display;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Args, Subcommand};
 use hgct_core::canonical;
 use serde::Serialize;
