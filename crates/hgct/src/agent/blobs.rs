@@ -169,7 +169,7 @@ impl Growing {
     /// What an earlier connection left, or nothing; `None` where another process has the file.
     fn open(path: PathBuf, size_bytes: u64) -> io::Result<Option<Self>> {
         loop {
-            let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
+            let file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
