@@ -105,7 +105,8 @@ pub(crate) struct DataSummary {
 
 /// What continues a run: its text must be the one that it began with.
 pub(crate) fn resume_command(job: &str, data: &[String], run: &str) -> String {
-    let data: String = data.iter().map(|path| format!(" --data {}", shell_word(path))).collect();
+    let data: Vec<String> = data.iter().map(|path| format!(" --data {}", shell_word(path))).collect();
+    let data = data.concat();
     format!("hgct train {}{data} --resume {run}", shell_word(job))
 }
 
