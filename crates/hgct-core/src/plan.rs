@@ -345,33 +345,35 @@ pub fn derive_owners(model: &ModelSpec, stages: &[StageInstance], weights: &[f64
             cut.push((share * total as f64).round() as u64);
         }
         let mut passed = 0u64;
-        // Owner and elements of the pool's newest group. Blocks go to the ranks in their order.
-        let mut newest = None;
+        // Elements of each group. Blocks go to the ranks in their order, so only the newest grows.
+        let mut of_ranks: Vec<(u64, OwnedGroup)> = Vec::new();
         for tensor in &tensors {
             for rows in slice::blocks(tensor, num_parameters) {
                 let elements = (rows.end - rows.start) * tensor.row_elements();
                 let middle = passed + elements / 2;
                 let owner = ranks[cut.iter().position(|end| middle < *end).unwrap_or(ranks.len() - 1)];
                 passed += elements;
-                let fits = |&(of, held): &(Rank, u64)| of == owner && held + elements <= MAX_GROUP_ELEMENTS;
-                let held = newest.filter(fits).map_or_else(
-                    || {
-                        let (holders, slices) = (of_pool.clone(), Vec::new());
-                        groups.push(OwnedGroup { owner, site: UpdateSite::Host, holders, slices });
-                        0
-                    },
-                    |(_, held)| held,
-                );
-                newest = Some((owner, held + elements));
-                let Some(OwnedGroup { slices, .. }) = groups.last_mut() else { continue };
-                match slices.last_mut() {
-                    Some(last) if last.tensor == tensor.name && last.end[0] == rows.start => {
-                        last.end[0] = rows.end;
+                match of_ranks.last_mut() {
+                    Some((held, OwnedGroup { owner: of, slices, .. }))
+                        if *of == owner && *held + elements <= MAX_GROUP_ELEMENTS =>
+                    {
+                        *held += elements;
+                        match slices.last_mut() {
+                            Some(last) if last.tensor == tensor.name && last.end[0] == rows.start => {
+                                last.end[0] = rows.end;
+                            }
+                            _ => slices.push(Slice::rows_of(tensor, rows)),
+                        }
                     }
-                    _ => slices.push(Slice::rows_of(tensor, rows)),
+                    _ => {
+                        let (holders, slices) = (of_pool.clone(), vec![Slice::rows_of(tensor, rows)]);
+                        let group = OwnedGroup { owner, site: UpdateSite::Host, holders, slices };
+                        of_ranks.push((elements, group));
+                    }
                 }
             }
         }
+        groups.extend(of_ranks.into_iter().map(|(_, group)| group));
     }
     groups
 }

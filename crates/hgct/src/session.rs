@@ -43,9 +43,12 @@ pub(crate) struct Options {
     pub(crate) warming: Duration,
 }
 
-/// Parser of a number of seconds to wait: a day at most, which no clock overflows.
+/// Most seconds that a command waits for anything: a day, which no clock overflows.
+pub(crate) const MOST_SECONDS: u64 = 86_400;
+
+/// Parser of a number of seconds to wait.
 pub(crate) fn seconds() -> clap::builder::RangedU64ValueParser<u64> {
-    clap::value_parser!(u64).range(..=86_400)
+    clap::value_parser!(u64).range(..=MOST_SECONDS)
 }
 
 /// Name of the node whose agent a command starts itself.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -92,6 +92,13 @@ impl Workspace {
     fn cache_path(&self, what: &str, key: &Hash) -> PathBuf {
         self.root.join("cache").join(what).join(format!("{key}.json"))
     }
+}
+
+/// Whether the file that is open is still the one at the path: one that was locked may have been
+/// renamed before the lock was there.
+pub(crate) fn is_at(file: &fs::File, path: &Path) -> bool {
+    let (Ok(open), Ok(there)) = (file.metadata(), fs::metadata(path)) else { return false };
+    (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
 /// Writes a file whole or not at all. A symbolic link stays, and the file that it names is replaced; a

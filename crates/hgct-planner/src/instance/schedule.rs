@@ -18,6 +18,14 @@ pub(crate) struct Work {
     pub(crate) recompute: bool,
 }
 
+impl Work {
+    /// Seconds of the weights' half of a divided backward: half of what recompute does not add.
+    pub(crate) fn weights_s(self) -> f64 {
+        let again_s = if self.recompute { self.forward_s } else { 0.0 };
+        (self.backward_s - again_s).max(0.0) / 2.0
+    }
+}
+
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -60,10 +68,7 @@ impl Schedule {
         let compute = match self {
             Self::OneForwardOneBackward => work.forward_s + work.backward_s,
             Self::Interleaved(_) => (work.forward_s + work.backward_s) / f64::from(self.virtual_stages()),
-            Self::ZeroBubble => {
-                let again_s = if work.recompute { work.forward_s } else { 0.0 };
-                work.forward_s + again_s + (work.backward_s - again_s).max(0.0) / 2.0
-            }
+            Self::ZeroBubble => work.forward_s + work.backward_s - work.weights_s(),
         };
         compute + work.transfer_s
     }

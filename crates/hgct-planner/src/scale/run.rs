@@ -96,18 +96,16 @@ impl<'a> Machine<'a> {
             machine.orders.push(Order::new(template.schedule, depth, unit.stage as u32, num_micro_batches));
             let priced = &machine.priced[unit.template][unit.stage];
             let chunks = f64::from(template.schedule.virtual_stages());
-            let whole = priced.backward_s * unit.factor;
-            // Weights' half of a divided backward, without what recompute adds.
-            let weight = match template.schedule {
-                Schedule::ZeroBubble if template.stages[unit.stage].recompute => {
-                    (whole - priced.forward_s * unit.factor).max(0.0) / 2.0
-                }
-                Schedule::ZeroBubble => whole / 2.0,
-                _ => 0.0,
+            let whole = crate::instance::Work {
+                forward_s: priced.forward_s * unit.factor,
+                backward_s: priced.backward_s * unit.factor,
+                transfer_s: 0.0,
+                recompute: template.stages[unit.stage].recompute,
             };
+            let weight = if template.schedule == Schedule::ZeroBubble { whole.weights_s() } else { 0.0 };
             machine.work.push(Work {
-                forward_ns: ns(priced.forward_s * unit.factor / chunks),
-                backward_ns: ns((whole - weight) / chunks),
+                forward_ns: ns(whole.forward_s / chunks),
+                backward_ns: ns((whole.backward_s - weight) / chunks),
                 weight_ns: ns(weight),
             });
         }

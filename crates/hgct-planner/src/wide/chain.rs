@@ -25,7 +25,7 @@
 
 use std::ops::Range;
 
-use crate::instance::{Schedule, Transfer, Work};
+use crate::instance::{Schedule, Transfer};
 
 use super::table::{StageTime, Table};
 
@@ -154,8 +154,7 @@ impl<'t, 'a> Chains<'t, 'a> {
             let again = table.instance.rules.recompute && !of.recompute;
             for layer in 0..layers {
                 let (forward_s, backward_s) = table.compute(choice, size, layer, layer + 1);
-                let of_fill =
-                    schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0, recompute: of.recompute });
+                let of_fill = table.layer_fill_s(schedule, choice, size, layer);
                 if forward_s + backward_s > 0.0 {
                     fill_part = fill_part.max(of_fill / (forward_s + backward_s));
                 }

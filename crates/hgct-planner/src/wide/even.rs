@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use crate::instance::{Exchange, Schedule, Work};
+use crate::instance::{Exchange, Schedule};
 
 use super::Meter;
 use super::form::{Form, PaceSearch, Placed};
@@ -79,12 +79,7 @@ fn kinds(table: &Table<'_>, even: &Even<'_>) -> Vec<Kind> {
                 choice,
                 again,
                 layer: forward_s + backward_s,
-                fill: even.schedule.fill_s(Work {
-                    forward_s,
-                    backward_s,
-                    transfer_s: 0.0,
-                    recompute: own.recompute,
-                }),
+                fill: table.layer_fill_s(even.schedule, choice, even.size, middle),
                 exchange: exchange(table, even, choice),
                 pressure: (free(1.0) - free(0.0)) / (forward_s + backward_s) / pool.memory_bytes,
             }

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::instance::{Exchange, Link, Schedule, Update, Work, check};
+use crate::instance::{Exchange, Link, Schedule, Update, check};
 
 use super::Meter;
 use super::bound::{Costs, quickest};
@@ -193,11 +193,7 @@ impl<'a, 't, 'm> Exact<'a, 't, 'm> {
         let table = self.table;
         let mut fill = vec![0.0];
         for layer in 0..table.num_layers {
-            let of = |choice: usize| {
-                let (forward_s, backward_s) = table.compute(choice, size, layer, layer + 1);
-                let recompute = table.choices[choice].recompute;
-                schedule.fill_s(Work { forward_s, backward_s, transfer_s: 0.0, recompute })
-            };
+            let of = |choice: usize| table.layer_fill_s(schedule, choice, size, layer);
             let runs = (0..table.choices.len()).filter(|choice| table.runs(*choice, size));
             fill.push(fill[layer] + runs.map(of).fold(f64::INFINITY, f64::min));
         }
@@ -527,13 +523,7 @@ impl Sets {
 
 impl Sums {
     fn with(self, table: &Table<'_>, kind: &Kind, choice: usize, time: StageTime) -> Self {
-        let work = Work {
-            forward_s: time.forward,
-            backward_s: time.backward,
-            transfer_s: time.transfer,
-            recompute: table.choices[choice].recompute,
-        };
-        let fill = kind.schedule.fill_s(work);
+        let fill = table.fill_s(kind.schedule, choice, time);
         Self {
             pace: self.pace.max(table.pace(time)),
             fill: self.fill + fill,

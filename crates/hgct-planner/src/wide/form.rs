@@ -59,13 +59,7 @@ impl Form {
                 return None;
             }
             let time = stage_time(table, size, schedule, &stages, at);
-            let work = crate::instance::Work {
-                forward_s: time.forward,
-                backward_s: time.backward,
-                transfer_s: time.transfer,
-                recompute: table.choices[choice].recompute,
-            };
-            let of_fill = schedule.fill_s(work);
+            let of_fill = table.fill_s(schedule, choice, time);
             fill += of_fill;
             let of_pace = table.pace(time);
             if of_pace > pace {

@@ -7,7 +7,7 @@
 //! as pace, memory and exchange allow, and the pipelines found are then tightened to the least pace
 //! that their devices allow.
 
-use crate::instance::{Schedule, Work};
+use crate::instance::Schedule;
 
 use super::Meter;
 use super::form::{Form, PaceSearch, Placed};
@@ -156,13 +156,8 @@ impl Generator {
         let weight = f64::from(table.micro_batches[wish.size]) / wish.pace;
         let price = |first: usize, before: Option<usize>| {
             let time = time(first, before);
-            let work = Work {
-                forward_s: time.forward,
-                backward_s: time.backward,
-                transfer_s: time.transfer,
-                recompute: of.recompute,
-            };
-            cost + wish.prices[of.pool] * f64::from(of.devices) + weight * wish.schedule.fill_s(work)
+            let fill = table.fill_s(wish.schedule, choice, time);
+            cost + wish.prices[of.pool] * f64::from(of.devices) + weight * fill
         };
         if fine(0, None) {
             // More stages only help at a smaller pace, which is another call.

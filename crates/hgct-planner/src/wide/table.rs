@@ -1,6 +1,6 @@
 //! An instance as prefix sums, so that a stage's time and memory are a few subtractions.
 
-use crate::instance::{CostRow, Held as HeldLayer, Instance, LayerMemory, Schedule, Transfer};
+use crate::instance::{CostRow, Held as HeldLayer, Instance, LayerMemory, Schedule, Transfer, Work};
 
 /// A way to place a stage: pool, degrees, replicas, recompute.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -322,6 +322,22 @@ impl<'a> Table<'a> {
             Transfer::Published | Transfer::Serial => compute + time.transfer,
             Transfer::Overlapped => compute.max(time.transfer),
         }
+    }
+
+    /// What a stage on a choice adds to its pipeline's fill.
+    pub(crate) fn fill_s(&self, schedule: Schedule, choice: usize, time: StageTime) -> f64 {
+        schedule.fill_s(Work {
+            forward_s: time.forward,
+            backward_s: time.backward,
+            transfer_s: time.transfer,
+            recompute: self.choices[choice].recompute,
+        })
+    }
+
+    /// The same of one layer alone, without its transfers.
+    pub(crate) fn layer_fill_s(&self, schedule: Schedule, choice: usize, size: usize, layer: usize) -> f64 {
+        let (forward, backward) = self.compute(choice, size, layer, layer + 1);
+        self.fill_s(schedule, choice, StageTime { forward, backward, transfer: 0.0 })
     }
 
     /// Transfers of a stage by its neighbours: `after` the end of the next stage, `before` that of the

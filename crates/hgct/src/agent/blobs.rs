@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -17,6 +16,7 @@ use hgct_core::canonical::Hash;
 use sha2::{Digest as _, Sha256};
 
 use super::budget::Budget;
+use crate::workspace::is_at;
 
 /// What the agent asks of its store.
 #[derive(Debug)]
@@ -175,12 +175,12 @@ impl Growing {
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(error)) => return Err(error),
             }
-            let about = file.metadata()?;
             // Whoever had it before the lock was taken may have given the file its name since.
-            if !fs::metadata(&path).is_ok_and(|now| now.ino() == about.ino() && now.dev() == about.dev()) {
+            if !is_at(&file, &path) {
                 continue;
             }
-            let mut growing = Self { path, file, hasher: Sha256::new(), length: about.len(), size_bytes };
+            let length = file.metadata()?.len();
+            let mut growing = Self { path, file, hasher: Sha256::new(), length, size_bytes };
             if growing.length > size_bytes {
                 growing.restart()?;
             } else {

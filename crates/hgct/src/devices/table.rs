@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::{Discovery, Options, discover};
 use crate::output::print;
+use crate::session::MOST_SECONDS;
 use crate::workspace::write_atomically;
 use crate::{grants, vendors};
 
@@ -36,7 +37,7 @@ pub(crate) struct Args {
     #[arg(long)]
     fresh: bool,
     /// Seconds that one framework may take to answer
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS))]
     deadline: u64,
 }
 

@@ -1,13 +1,13 @@
 //! One command at a time trains a run.
 
 use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use hgct_core::ids::RunId;
 
 use super::resume::BadRun;
+use crate::workspace::is_at;
 
 /// Holds the folder of a run until it is dropped, or its process ends however.
 pub(super) struct RunLock {
@@ -38,12 +38,6 @@ impl RunLock {
         }
         Ok(Self { _file: file })
     }
-}
-
-/// Whether the file that is open is still the one at the path.
-fn is_at(file: &File, path: &Path) -> bool {
-    let (Ok(open), Ok(there)) = (file.metadata(), fs::metadata(path)) else { return false };
-    (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
 #[cfg(test)]
