@@ -26,6 +26,9 @@ pub struct JobSpec {
     pub policy: Policy,
 }
 
+/// Most samples of a step: the planner writes every micro-batch down.
+const MAX_GLOBAL_BATCH: u32 = 65_536;
+
 /// `[model]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -244,7 +247,12 @@ impl JobSpec {
             "from 0 to 0.5",
         )?;
         check(recipe.steps > 0, "recipe.steps", "0".into(), "at least 1")?;
-        check(recipe.global_batch > 0, "recipe.global_batch", "0".into(), "at least 1")?;
+        check(
+            (1..=MAX_GLOBAL_BATCH).contains(&recipe.global_batch),
+            "recipe.global_batch",
+            recipe.global_batch.to_string(),
+            &format!("from 1 to {MAX_GLOBAL_BATCH}"),
+        )?;
         check(recipe.seq_len > 0, "recipe.seq_len", "0".into(), "at least 1")?;
         for (key, value, allowed, ok) in [
             ("recipe.learning_rate", recipe.learning_rate, "positive", recipe.learning_rate > 0.0),
@@ -398,6 +406,12 @@ mod tests {
     fn bad_values_name_key_and_what_is_allowed() {
         let error = JobSpec::from_toml("job.toml", &JOB.replace("seq_len = 16", "seq_len = 0")).unwrap_err();
         assert_eq!(error.to_string(), "job.toml: `recipe.seq_len` is 0, but must be at least 1");
+        for batch in ["0", "65537", "4294967295"] {
+            let job = JOB.replace("global_batch = 8", &format!("global_batch = {batch}"));
+            let error = JobSpec::from_toml("job.toml", &job).unwrap_err().to_string();
+            let wanted = format!("job.toml: `recipe.global_batch` is {batch}, but must be from 1 to 65536");
+            assert_eq!(error, wanted);
+        }
         let error =
             JobSpec::from_toml("job.toml", &JOB.replace("config =", "dtype = 'bf16'\nconfig =")).unwrap_err();
         assert_eq!(error.to_string(), "compute dtype bf16 is not supported yet: use f32");
