@@ -82,7 +82,7 @@ const EXACT_DEVICES: u64 = 12;
 const EXACT_NODES: u64 = 60_000_000;
 
 /// Nodes that the proof of a gap may take.
-const PROOF_NODES: u64 = 120_000_000;
+const PROOF_NODES: u64 = 300_000_000;
 
 /// Searches for the fastest layout. `parent` is a layout to be no worse than, if it is sound here.
 pub fn find(

@@ -150,11 +150,15 @@ impl Bound {
     }
 }
 
-/// Schedules that a layout may use.
+/// Schedules that are worth a search: 1F1B always can be had, but zero bubbles, where they may be,
+/// need no more memory and fill in less time.
 pub(crate) fn schedules(instance: &Instance) -> Vec<Schedule> {
-    let mut schedules = vec![Schedule::OneForwardOneBackward];
+    let mut schedules = Vec::new();
+    if !instance.rules.schedules.contains(&Schedule::ZeroBubble) {
+        schedules.push(Schedule::OneForwardOneBackward);
+    }
     for schedule in &instance.rules.schedules {
-        if !schedules.contains(schedule) {
+        if *schedule != Schedule::OneForwardOneBackward && !schedules.contains(schedule) {
             schedules.push(*schedule);
         }
     }
@@ -273,21 +277,24 @@ fn over_exchanges(
     shares: &[f64],
 ) -> f64 {
     let all = (0.0, enough - least_s);
-    let part = |kind| Part { kind, seconds: least_s, span: all, own: false, shares: shares.to_vec() };
+    let part =
+        |kind| Part { kind, seconds: least_s, span: all, asked: f64::INFINITY, shares: shares.to_vec() };
     let mut open: Vec<Part> = (0..kinds).map(part).collect();
     for _ in 0..kinds * PARTS {
         let order = |a: &usize, b: &usize| open[*a].seconds.total_cmp(&open[*b].seconds);
         let Some(at) = (0..open.len()).min_by(order) else { break };
         let (low, high) = open[at].span;
-        let narrow = high - low < 0.003 * enough;
-        if open[at].seconds >= enough || open[at].own && narrow {
+        let is_narrow = high - low < NARROW * enough;
+        // Of a wider part: it was asked with fewer rows known.
+        let is_old = open[at].asked > 3.0 * (high - low);
+        if open[at].seconds >= enough || is_narrow && !is_old {
             break;
         }
         let mut part = open.swap_remove(at);
-        if part.own {
+        if part.asked.is_finite() && !is_narrow {
             let middle = f64::midpoint(low, high);
             let pipelines = part.seconds - low;
-            open.push(Part { span: (low, middle), own: false, ..part.clone() });
+            open.push(Part { span: (low, middle), asked: f64::INFINITY, ..part.clone() });
             open.push(Part { seconds: pipelines + middle, span: (middle, high), ..part });
             continue;
         }
@@ -299,7 +306,7 @@ fn over_exchanges(
             }
         }
         part.seconds = part.seconds.max(low + found);
-        part.own = true;
+        part.asked = high - low;
         open.push(part);
     }
     open.iter().map(|part| part.seconds).fold(enough, f64::min)
@@ -313,14 +320,17 @@ struct Part {
     seconds: f64,
     /// Seconds of the exchange, from and to.
     span: (f64, f64),
-    /// Whether `seconds` are of the upper end of this part, not of a larger one.
-    own: bool,
+    /// How wide the part with this upper end was for which `seconds` were found; infinite where they are of
+    /// another upper end.
+    asked: f64,
     /// Prices to begin with.
     shares: Vec<f64>,
 }
 
+/// Width of a part that is not divided any more, as a part of a step.
+const NARROW: f64 = 0.002;
 /// Parts of the exchange's time that are looked at, for each kind of cases.
-const PARTS: usize = 24;
+const PARTS: usize = 40;
 
 /// Bytes that a gradient byte moves, with the parameters that come back.
 fn both(instance: &Instance) -> f64 {

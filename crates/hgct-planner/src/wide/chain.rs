@@ -7,7 +7,8 @@
 //! brackets is a sum over stages, and the least of it over all ways to cut the layers is found by
 //! dynamic programming over the layer at which a stage begins, from the head to the embedding.
 //!
-//! In an interval of paces the least is at its lower end, at which M is at most that end: a pipeline
+//! Paces are what some stage computes ([`Paces`]), where no handing on is longer. In an interval of them
+//! the least is at its lower end, at which M is at most that end: a pipeline
 //! that pays for less than M's part of a micro-batch does one all the same, in F seconds or more, and
 //! `λ D + ν h + ω < b M/τ` makes that `F > τ/b · (…) − M`.
 //!
@@ -30,8 +31,10 @@ use crate::instance::{Schedule, Transfer};
 use super::table::{StageTime, Table};
 
 mod alike;
+mod paces;
 
 use alike::{Lengths, long_runs};
+use paces::Paces;
 
 /// Prices and limits of one question.
 #[derive(Debug, Clone)]
@@ -134,6 +137,7 @@ pub(crate) struct Chains<'t, 'a> {
     /// Largest part of a stage's compute that counts as fill, and its handing on.
     fill_part: f64,
     handing: f64,
+    pub(crate) paces: Paces,
 }
 
 impl<'t, 'a> Chains<'t, 'a> {
@@ -181,7 +185,8 @@ impl<'t, 'a> Chains<'t, 'a> {
         };
         let singles = ways.iter().filter(fits).map(single).collect();
         let runs = long_runs(table);
-        Self { table, size, schedule, ways, singles, runs, fill_part, handing }
+        let paces = Paces::new(table, size, schedule, ways.iter().map(|way| &way.compute[..]));
+        Self { table, size, schedule, ways, singles, runs, fill_part, handing, paces }
     }
 
     /// Pipelines of one stage, with the seconds that they take to do what they are paid for. They have no

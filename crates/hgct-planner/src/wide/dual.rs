@@ -71,20 +71,27 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     /// stop. `shares` are the first prices, and the last ones afterwards.
     pub(crate) fn seconds(&mut self, case: &Case, enough: f64, rounds: u32, shares: &mut Shares) -> f64 {
         let mut best = 0.0f64;
-        let mut solved = self.rows.len() > 8;
-        if solved {
-            self.solve(case, shares, None);
-        }
+        // Prices of the rows alone swing: those that are tried lie between them and the best so far.
+        let mut tried = shares.clone();
+        let mut between = true;
         for _ in 0..rounds {
-            let Some((found, is_new)) = self.cheapest(case, shares, enough) else { break };
-            best = best.max(found);
-            if best >= enough || solved && !is_new {
+            let Some((found, is_new)) = self.cheapest(case, &tried, enough) else { break };
+            if found > best {
+                best = found;
+                shares.clone_from(&tried);
+            }
+            if best >= enough || !between && !is_new {
                 break;
             }
-            let most = self.solve(case, shares, None);
-            solved = true;
-            if most - best < if self.rings { 0.01 } else { 0.002 } * most {
+            let most = self.solve(case, &mut tried, None);
+            if most - best < if self.rings { 0.01 } else { 0.001 } * most {
                 break;
+            }
+            between = is_new;
+            if between {
+                for (tried, best) in tried.iter_mut().zip(shares.iter()) {
+                    *tried = OUT * *tried + (1.0 - OUT) * best;
+                }
             }
         }
         self.with_whole(case, enough, best, shares).min(enough)
@@ -171,7 +178,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             let mut low = chains.least_pace().max(self.longest * 1e-6);
             while low < self.longest {
                 let high = (low * FIRST).min(self.longest * (1.0 + 1e-9));
-                open.push((chains.at_least(&market, (low, high)), at, (low, high), None));
+                if let Some(span) = chains.paces.within((low, high)) {
+                    open.push((chains.at_least(&market, span), at, span, None));
+                }
                 low = high;
             }
         }
@@ -192,7 +201,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 return Some((seconds, is_new));
             }
             let middle = (low * high).sqrt();
-            for span in [(low, middle), (middle, high)] {
+            for span in
+                [(low, middle), (middle, high)].into_iter().filter_map(|span| chains.paces.within(span))
+            {
                 open.push((chains.at_least(&market, span).max(seconds), of, span, None));
             }
         }
@@ -281,6 +292,8 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     }
 }
 
+/// Part of the way from the best prices to those of the rows that is tried next.
+const OUT: f64 = 0.6;
 /// Rows that are kept.
 const ROWS: usize = 250;
 /// Times that are guessed for whole micro-batches, and prices that are sought for each.
@@ -289,4 +302,4 @@ const WHOLE_ROUNDS: u32 = 5;
 /// Ratio of the ends of a first interval of paces.
 const FIRST: f64 = 2.0;
 /// Ratio below which an interval is not halved.
-const NARROW: f64 = 1.01;
+const NARROW: f64 = 1.003;

@@ -292,6 +292,11 @@ impl<'a> Table<'a> {
         self.transfers[size].iter().map(of).fold(f64::INFINITY, f64::min)
     }
 
+    /// Seconds that a stage takes at most to hand a micro-batch on in one direction.
+    pub(crate) fn most_transfer(&self, size: usize) -> f64 {
+        self.transfers[size].iter().flatten().flatten().copied().fold(0.0, f64::max)
+    }
+
     /// Peak memory of each device of a stage.
     pub(crate) fn memory(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> f64 {
         let of = &self.choices[choice];
