@@ -32,9 +32,11 @@ use super::table::{StageTime, Table};
 
 mod alike;
 mod paces;
+mod suffix;
 
 use alike::{Lengths, long_runs};
 use paces::Paces;
+use suffix::{Suffix, Suffixes};
 
 /// Prices and limits of one question.
 #[derive(Debug, Clone)]
@@ -337,6 +339,16 @@ impl<'t, 'a> Chains<'t, 'a> {
         };
         let lengths = |run: &Range<usize>| Lengths::new(run.clone(), ways.len(), allowed);
         let mut runs: Vec<Lengths> = self.runs.iter().map(lengths).collect();
+        // Layers at most of a first stage with one behind it.
+        let longest = |at: usize| {
+            let (mut low, mut high) = (0, layers);
+            while high - low > 1 {
+                let middle = usize::midpoint(low, high);
+                if allowed(at, 0..middle, 1.0) { low = middle } else { high = middle }
+            }
+            low
+        };
+        let longest: Vec<usize> = (0..ways.len()).map(longest).collect();
         let mut starts = vec![layers - 1; ways.len()];
         let mut short = vec![false; ways.len() * (levels + 1)];
         for end in (1..=layers).rev() {
@@ -349,6 +361,9 @@ impl<'t, 'a> Chains<'t, 'a> {
             let after = if last { 0.0 } else { 1.0 };
             let crosses = inside.as_ref().is_none_or(|(_, run)| run.crosses(end));
             for (at, way) in self.ways.iter().enumerate().filter(|_| crosses) {
+                if past <= 1 && !last && end > longest[at] {
+                    continue;
+                }
                 let priced = &ways[at];
                 let mut start = starts[at].min(past).max(1);
                 while start < past && !allowed(at, start..end, before + after) {
@@ -370,25 +385,29 @@ impl<'t, 'a> Chains<'t, 'a> {
                         // Recompute is of use only where memory is short.
                         continue;
                     }
-                    let fitting = self.fitting(at, behind.stages, end);
                     let doubled = if published && level >= DOUBLED { 2.0 * after } else { after };
                     // Those of one stage are counted exactly, elsewhere.
                     let is_first = !last
                         && behind.stages + 1 >= ring.stages.min(MOST_LEVELS)
                         && allowed(at, 0..end, doubled);
-                    short[at * (levels + 1) + level] = fitting > if is_first { 0 } else { start };
                     let with = behind.price + priced.stage + priced.sums[end];
+                    let of_whole = with - priced.sums[0] + doubled * priced.end;
+                    let is_better = is_first && whole.is_none_or(|best| of_whole < best.price);
+                    short[at * (levels + 1) + level] = false;
+                    if start >= past && !is_better {
+                        // With recompute it would not be cheaper.
+                        continue;
+                    }
+                    let fitting = self.fitting(at, behind.stages, end);
+                    short[at * (levels + 1) + level] = fitting > if is_first { 0 } else { start };
                     let next = (level + 1).min(levels);
                     let suffix = |price| Suffix { price, end, way: at, level, stages: behind.stages + 1 };
                     for first in start.max(fitting)..past {
                         let price = with - priced.sums[first] + (before + after) * priced.end;
                         suffixes.offer(next, first, suffix(price));
                     }
-                    if is_first && fitting == 0 {
-                        let price = with - priced.sums[0] + doubled * priced.end;
-                        if whole.is_none_or(|best| price < best.price) {
-                            whole = Some(suffix(price));
-                        }
+                    if is_better && fitting == 0 {
+                        whole = Some(suffix(of_whole));
                     }
                 }
             }
@@ -507,46 +526,4 @@ struct Priced {
     sums: Vec<f64>,
     /// Gradient bytes of a stage at most.
     bytes: f64,
-}
-
-/// The last stages of a pipeline, by their first one.
-#[derive(Debug, Clone, Copy)]
-struct Suffix {
-    price: f64,
-    /// Layer past the stage.
-    end: usize,
-    way: usize,
-    /// Level of the stages behind it.
-    level: usize,
-    /// Stages at least, with the first.
-    stages: usize,
-}
-
-/// The cheapest suffixes, by number of stages and by first layer.
-struct Suffixes {
-    width: usize,
-    best: Vec<Suffix>,
-}
-
-impl Suffixes {
-    fn new(layers: usize, levels: usize) -> Self {
-        let none = Suffix { price: f64::INFINITY, end: layers, way: 0, level: 0, stages: usize::MAX };
-        let mut best = vec![none; (levels + 1) * (layers + 1)];
-        best[layers] = Suffix { price: 0.0, stages: 0, ..none };
-        Self { width: layers + 1, best }
-    }
-
-    fn at(&self, level: usize, first: usize) -> Suffix {
-        self.best[level * self.width + first]
-    }
-
-    /// Takes what is cheaper, and the fewest stages of any.
-    fn offer(&mut self, level: usize, first: usize, new: Suffix) {
-        let best = &mut self.best[level * self.width + first];
-        let stages = best.stages.min(new.stages);
-        if new.price < best.price {
-            *best = new;
-        }
-        best.stages = stages;
-    }
 }

@@ -74,8 +74,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
         // Prices of the rows alone swing: those that are tried lie between them and the best so far.
         let mut tried = shares.clone();
         let mut between = true;
+        let mut spans = Vec::new();
         for _ in 0..rounds {
-            let Some((found, is_new)) = self.cheapest(case, &tried, enough) else { break };
+            let Some((found, is_new)) = self.cheapest(case, &tried, enough, &mut spans) else { break };
             if found > best {
                 best = found;
                 shares.clone_from(&tried);
@@ -117,7 +118,7 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 if self.solve(case, &mut tried, Some(guess)) < guess {
                     break;
                 }
-                let Some((found, _)) = self.cheapest(case, &tried, guess) else { break };
+                let Some((found, _)) = self.cheapest(case, &tried, guess, &mut Vec::new()) else { break };
                 if found > best {
                     best = found;
                     shares.clone_from(&tried);
@@ -168,21 +169,23 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
     /// The least seconds of any pipeline at these prices, which becomes a row, and whether it was none
     /// before; infinite if there is no pipeline, `None` when out of nodes.
     /// Intervals of paces are halved, the most promising first, until they are narrow.
-    fn cheapest(&mut self, case: &Case, shares: &Shares, enough: f64) -> Option<(f64, bool)> {
+    fn cheapest(
+        &mut self,
+        case: &Case,
+        shares: &Shares,
+        enough: f64,
+        spans: &mut Vec<(usize, (f64, f64))>,
+    ) -> Option<(f64, bool)> {
         let market = self.market(case, shares);
         let mut open: Vec<Open> = Vec::new();
         for single in self.singles(case, shares) {
             open.push((single.seconds, 0, (1.0, 1.0), Some(single)));
         }
-        for (at, chains) in self.chains.iter().enumerate() {
-            let mut low = chains.least_pace().max(self.longest * 1e-6);
-            while low < self.longest {
-                let high = (low * FIRST).min(self.longest * (1.0 + 1e-9));
-                if let Some(span) = chains.paces.within((low, high)) {
-                    open.push((chains.at_least(&market, span), at, span, None));
-                }
-                low = high;
-            }
+        if spans.is_empty() {
+            *spans = self.spans();
+        }
+        for (at, span) in spans.drain(..) {
+            open.push((self.chains[at].at_least(&market, span), at, span, None));
         }
         while let Some(at) = (0..open.len()).min_by(|a, b| open[*a].0.total_cmp(&open[*b].0)) {
             let (seconds, of, (low, high), found) = open.swap_remove(at);
@@ -197,6 +200,9 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
                 continue;
             };
             if high < low * NARROW || seconds >= enough {
+                spans.extend(open.iter().map(|(_, at, span, _)| (*at, *span)));
+                spans.push((of, (low, high)));
+                spans.retain(|(_, span)| span.0 < span.1);
                 let is_new = self.keep(found);
                 return Some((seconds, is_new));
             }
@@ -208,6 +214,20 @@ impl<'t, 'a, 'm> Dual<'t, 'a, 'm> {
             }
         }
         Some((f64::INFINITY, false))
+    }
+
+    /// Intervals of all paces.
+    fn spans(&self) -> Vec<(usize, (f64, f64))> {
+        let mut spans = Vec::new();
+        for (at, chains) in self.chains.iter().enumerate() {
+            let mut low = chains.least_pace().max(self.longest * 1e-6);
+            while low < self.longest {
+                let high = (low * FIRST).min(self.longest * (1.0 + 1e-9));
+                spans.extend(chains.paces.within((low, high)).map(|span| (at, span)));
+                low = high;
+            }
+        }
+        spans
     }
 
     /// Makes a pipeline a row; the oldest makes room.
