@@ -268,7 +268,11 @@ fn between(topology: &Topology, groups: &[ResolvedGroup<'_>], a: usize, b: usize
         }
     };
     let most = groups[a].group.devices.min(groups[b].group.devices);
-    Link { rows: (0..=most.ilog2()).map(|power| row(1 << power)).collect() }
+    let mut devices: Vec<u32> = (0..=most.ilog2()).map(|power| 1 << power).collect();
+    if !most.is_power_of_two() {
+        devices.push(most);
+    }
+    Link { rows: devices.into_iter().map(row).collect() }
 }
 
 fn no_rate(group: &ResolvedGroup<'_>, dtype: DType) -> Error {

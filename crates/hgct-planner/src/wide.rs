@@ -199,38 +199,46 @@ impl Finder<'_, '_> {
         let worth: f64 = pools.iter().map(|p| self.bound.prices[*p] * limits[*p] as f64).sum();
         let bound = self.bound.compute_s / worth.clamp(1e-6, 1.0);
         let mut best: Option<Settled> = None;
-        let mut shards: &[f64] = if instance.rules.shard_optimizer { &[16.0, 4.0, 1.0] } else { &[1.0] };
-        let table = Table::new(instance, |pool, degree| {
-            // A degree that does not divide a node wastes devices of it.
-            let of = &instance.pools[pool];
-            pools.contains(&pool) && of.nodes > 0 && of.devices_per_node.is_multiple_of(degree)
-        });
-        while let Some((now, rest)) = shards.split_first() {
-            shards = rest;
-            table.shards.set(*now);
-            let known = best.as_ref().map(Settled::seconds);
-            let start = Start {
-                limits: limits.clone(),
-                prices: prices.clone(),
-                bound,
-                best: known,
-                step: if thorough { 1.15 } else { 1.5 },
-                depth: if thorough { 12 } else { 3 },
-                schedules: &schedules,
-            };
-            let mut search = Search::new(&table, &start, &mut self.meter);
-            let done = search.run();
-            if let Some(found) = search.best
-                && known.is_none_or(|known| found.seconds() < known)
-            {
-                best = Some(found);
-            }
-            // Fewer replicas share optimizer state only where many do not fit.
-            if best.is_some() && self.instance.num_devices() > EXACT_DEVICES {
-                shards = &[];
-            }
-            if done.is_none() {
-                return (best.map(|settled| (settled.layout, settled.priced)), None);
+        let is_whole =
+            |pool: usize, degree: u32| instance.pools[pool].devices_per_node.is_multiple_of(degree);
+        let of_pools = |pool: usize| pools.contains(&pool) && instance.pools[pool].nodes > 0;
+        // Degrees that leave nothing of a node; then all, where that makes a difference, whose groups may
+        // not go into nodes however few devices they take.
+        let mut tables = vec![Table::new(instance, |pool, degree| of_pools(pool) && is_whole(pool, degree))];
+        let any = Table::new(instance, |pool, _| of_pools(pool));
+        if any.choices.len() > tables[0].choices.len() {
+            tables.push(any);
+        }
+        for table in &tables {
+            let mut shards: &[f64] = if instance.rules.shard_optimizer { &[16.0, 4.0, 1.0] } else { &[1.0] };
+            while let Some((now, rest)) = shards.split_first() {
+                shards = rest;
+                table.shards.set(*now);
+                let known = best.as_ref().map(Settled::seconds);
+                let start = Start {
+                    limits: limits.clone(),
+                    prices: prices.clone(),
+                    bound,
+                    best: known,
+                    step: if thorough { 1.15 } else { 1.5 },
+                    depth: if thorough { 12 } else { 3 },
+                    schedules: &schedules,
+                };
+                let mut search = Search::new(table, &start, &mut self.meter);
+                let done = search.run();
+                let found = search.best.is_some();
+                if let Some(found) = search.best
+                    && known.is_none_or(|known| found.seconds() < known)
+                {
+                    best = Some(found);
+                }
+                // Fewer replicas share optimizer state only where many do not fit.
+                if found && self.instance.num_devices() > EXACT_DEVICES {
+                    shards = &[];
+                }
+                if done.is_none() {
+                    return (best.map(|settled| (settled.layout, settled.priced)), None);
+                }
             }
         }
         (best.map(|settled| (settled.layout, settled.priced)), Some(()))

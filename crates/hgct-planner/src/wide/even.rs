@@ -42,6 +42,9 @@ struct Kind {
     exchange: f64,
     /// Part of a device's free memory that a middle layer's activations take.
     pressure: f64,
+    /// Devices of one pipeline that groups of this degree and larger ones can have: a node of 5 has room for
+    /// one group of 4.
+    most: u32,
 }
 
 /// How many stages of each kind.
@@ -82,6 +85,8 @@ fn kinds(table: &Table<'_>, even: &Even<'_>) -> Vec<Kind> {
                 fill: table.layer_fill_s(even.schedule, choice, even.size, middle),
                 exchange: exchange(table, even, choice),
                 pressure: (free(1.0) - free(0.0)) / (forward_s + backward_s) / pool.memory_bytes,
+                most: even.devices[own.pool] * (pool.devices_per_node - pool.devices_per_node % own.degree)
+                    / pool.devices_per_node,
             }
         })
         .collect()
@@ -121,23 +126,25 @@ fn mixes(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], meter: &mut Meter<'
             let devices = even.devices[pool];
             let mut all = vec![Vec::new()];
             // What a degree leaves is for the ones below it.
-            let rest = |mut left: u32, upto: usize, option: &mut Vec<(usize, u32)>| {
+            let rest = |mut used: u32, upto: usize, option: &mut Vec<(usize, u32)>| {
                 for k in own[..upto].iter().rev() {
-                    option.push((*k, left / degree(*k)));
-                    left %= degree(*k);
+                    let num = kinds[*k].most.saturating_sub(used) / degree(*k);
+                    option.push((*k, num));
+                    used += num * degree(*k);
                 }
             };
             for upto in 1..=own.len() {
                 let mut option = Vec::new();
-                rest(devices, upto, &mut option);
+                rest(0, upto, &mut option);
                 all.push(option);
             }
             for upto in 2..=own.len() {
                 for quarter in 1..4 {
-                    let wide = devices * quarter / 4 / degree(own[upto - 1]);
+                    let of = degree(own[upto - 1]);
+                    let wide = (devices * quarter / 4).min(kinds[own[upto - 1]].most) / of;
                     if wide > 0 {
                         let mut option = vec![(own[upto - 1], wide)];
-                        rest(devices - wide * degree(own[upto - 1]), upto - 1, &mut option);
+                        rest(wide * of, upto - 1, &mut option);
                         all.push(option);
                     }
                 }

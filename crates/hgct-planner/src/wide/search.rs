@@ -72,9 +72,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     fn everything(&mut self) -> Option<()> {
         self.evenly()?;
         let many = self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS;
-        if !many || self.table.instance.num_devices() <= FEW_DEVICES {
-            self.apart()?;
-        }
+        self.apart()?;
         if many {
             return self.combine();
         }
@@ -438,8 +436,6 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     }
 }
 
-/// Devices up to which every pool is looked at alone, however many pools there are.
-const FEW_DEVICES: u64 = 64;
 /// Stages that are tried at most where exchanges are hierarchical: some tenths of a second.
 const HIDDEN_WORK: u64 = 2_000_000;
 /// Ways to place a stage beyond which only alike pipelines are made.

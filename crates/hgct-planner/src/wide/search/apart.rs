@@ -9,6 +9,9 @@ use super::super::form::Form;
 use super::super::settle::{Crew, settle};
 use super::Search;
 
+/// What each pool does; `None`: it is left out.
+type Chosen = Vec<Option<usize>>;
+
 /// Alike pipelines of one pool.
 struct Own {
     form: Form,
@@ -30,37 +33,43 @@ impl Search<'_, '_, '_> {
             own.push(self.of_pool(pool)?);
         }
         own.retain(|of| !of.is_empty());
+        if own.len() < 2 {
+            return Some(());
+        }
         let mut sizes: Vec<f64> = own.iter().flatten().map(|of| of.largest).collect();
         sizes.sort_by(|a, b| b.total_cmp(a));
         sizes.dedup_by(|a, b| *a > *b * 0.99);
-        let mut tried: Vec<Vec<usize>> = Vec::new();
+        let mut starts: Vec<(f64, Chosen)> = Vec::new();
         for size in sizes {
             let fastest = |of: &Vec<Own>| {
                 let allowed = (0..of.len()).filter(|at| of[*at].largest <= size * 1.001);
                 allowed.max_by(|a, b| of[*a].samples.total_cmp(&of[*b].samples).then(b.cmp(a)))
             };
-            let Some(chosen) = own.iter().map(fastest).collect::<Option<Vec<usize>>>() else { continue };
-            if !tried.contains(&chosen) {
-                tried.push(chosen.clone());
-                self.in_turn(&own, chosen)?;
+            let chosen: Chosen = own.iter().map(fastest).collect();
+            if chosen.iter().any(Option::is_some) && starts.iter().all(|(_, known)| *known != chosen) {
+                self.meter.spend(60 * own.len() as u64)?;
+                let seconds = settle(self.table, &crew(&own, &chosen)).map(|found| found.seconds());
+                starts.push((seconds.unwrap_or(f64::INFINITY), chosen));
             }
+        }
+        starts.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for (seconds, chosen) in starts.into_iter().take((STARTS / own.len()).max(2)) {
+            self.in_turn(&own, seconds, chosen)?;
         }
         Some(())
     }
 
-    /// Changes what one pool does as long as that makes the step shorter.
-    fn in_turn(&mut self, own: &[Vec<Own>], mut chosen: Vec<usize>) -> Option<()> {
-        let crew = |chosen: &[usize]| -> Crew {
-            chosen.iter().zip(own).map(|(at, of)| (of[*at].form.clone(), of[*at].count)).collect()
-        };
-        let mut best = f64::INFINITY;
+    /// Changes what one pool does, or leaves it out, as long as that makes the step shorter.
+    fn in_turn(&mut self, own: &[Vec<Own>], seconds: f64, mut chosen: Chosen) -> Option<()> {
+        let mut best = seconds;
+        self.offer(&crew(own, &chosen));
         for _ in 0..ROUNDS {
             let before = best;
             for pool in 0..own.len() {
-                for at in 0..own[pool].len() {
-                    self.meter.spend(60)?;
+                for at in (0..own[pool].len()).map(Some).chain([None]) {
+                    self.meter.spend(30 * own.len() as u64)?;
                     let old = std::mem::replace(&mut chosen[pool], at);
-                    let crew = crew(&chosen);
+                    let crew = crew(own, &chosen);
                     match settle(self.table, &crew) {
                         Some(found) if found.seconds() < best => {
                             best = found.seconds();
@@ -134,6 +143,14 @@ impl Search<'_, '_, '_> {
     }
 }
 
+/// Pipelines of each pool that takes part.
+fn crew(own: &[Vec<Own>], chosen: &Chosen) -> Crew {
+    let of = |(at, of): (&Option<usize>, &Vec<Own>)| at.map(|at| (of[at].form.clone(), of[at].count));
+    chosen.iter().zip(own).filter_map(of).collect()
+}
+
+/// Changes begin with so many layouts, divided by the pools that take turns.
+const STARTS: usize = 64;
 /// Of one size of a largest stage.
 const ALIKE: usize = 6;
 /// Times that all pools may change.
