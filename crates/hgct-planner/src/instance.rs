@@ -300,6 +300,12 @@ impl Instance {
         self.degrees.iter().position(|degree| *degree == tensor_parallel)
     }
 
+    /// Micro-batches of so many samples that any stage holds at most: those of a whole batch. What a
+    /// pipeline has of them is not known where memory is counted.
+    pub fn most_in_flight(&self, micro_batch: u32) -> f64 {
+        f64::from((self.global_batch / micro_batch.max(1)).max(1))
+    }
+
     /// Devices of all pools.
     pub fn num_devices(&self) -> u64 {
         self.pools.iter().map(Pool::num_devices).sum()

@@ -167,7 +167,8 @@ impl<'a> Pricer<'a> {
         let (Some(cost), Some(degree)) = (cost, instance.degree_index(stage.tensor_parallel)) else {
             return UNKNOWN;
         };
-        let in_flight = template.schedule.in_flight(template.stages.len(), at);
+        let scheduled = template.schedule.in_flight(template.stages.len(), at);
+        let in_flight = scheduled.min(instance.most_in_flight(template.micro_batch));
         let samples = f64::from(micro_batch);
         let overhead = instance.overhead_bytes(stage.pool, stage.group_devices());
         let (mut forward_s, mut backward_s, mut update_s) = (0.0, 0.0, 0.0);

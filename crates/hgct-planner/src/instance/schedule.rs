@@ -114,7 +114,8 @@ impl Schedule {
     }
 
     /// Micro-batches whose activations a stage holds at most; a fraction where a virtual stage is
-    /// one. The schedule is the same for any number of micro-batches, so few of them save nothing.
+    /// one. However many the schedule allows, there are no more than a batch has
+    /// ([`Instance::most_in_flight`](super::Instance::most_in_flight)).
     pub(crate) fn in_flight(self, num_stages: usize, index: usize) -> f64 {
         let num = self.virtual_in_flight(num_stages as u32, index as u32);
         f64::from(num) / f64::from(self.virtual_stages())

@@ -297,8 +297,9 @@ impl<'a> Table<'a> {
         self.transfers[size].iter().flatten().flatten().copied().fold(0.0, f64::max)
     }
 
-    /// Peak memory of each device of a stage.
+    /// Peak memory of each device of a stage that may hold so many micro-batches.
     pub(crate) fn memory(&self, choice: usize, size: usize, first: usize, end: usize, in_flight: f64) -> f64 {
+        let in_flight = in_flight.min(self.instance.most_in_flight(self.micro_batches[size]));
         let of = &self.choices[choice];
         let held = &self.held[of.held];
         let between = |sums: &Prefix| sums[end] - sums[first];
