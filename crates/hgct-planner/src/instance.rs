@@ -33,7 +33,7 @@ pub use experts::ExpertClass;
 pub(crate) use experts::Held;
 pub(crate) use names::bad;
 pub use names::{Named, lost_nodes};
-pub(crate) use price::exchange_groups;
+pub(crate) use price::Buckets;
 pub use price::{Priced, PricedStage, PricedTemplate, price};
 pub(crate) use schedule::Work;
 
@@ -155,8 +155,8 @@ pub struct Rules {
     pub transfer: Transfer,
     /// How gradients are exchanged.
     pub exchange: Exchange,
-    /// What of the exchange may hide behind the last micro-batch's backward of the same stage: 0
-    /// none, 1 as much as is there.
+    /// What of the exchange may hide behind the last micro-batch's backward of the same stage, or behind
+    /// its weights' half: 0 none, 1 as much as is there. `price/overlap.rs` has the rule.
     pub exchange_overlap: f64,
     /// What of the optimizer's update counts.
     pub update: Update,

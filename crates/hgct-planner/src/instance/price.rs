@@ -7,7 +7,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::schedule::Work;
-use super::{Exchange, Held, Instance, Layout, Stage, Template, Transfer, Update};
+use super::{CostRow, Exchange, Held, Instance, Layout, Stage, Template, Transfer, Update};
+
+mod overlap;
+
+pub(crate) use overlap::Buckets;
 
 /// What a layout costs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,12 +92,6 @@ pub fn price(instance: &Instance, layout: &Layout) -> Priced {
     Priced { iteration_s, pipeline_s, update_s, exchange_s, exchange_whole_s, templates }
 }
 
-/// Layers that travel together, first to last, with the seconds of their exchange: all layers
-/// between neighbouring cuts of any template have the same holders.
-pub(crate) fn exchange_groups(instance: &Instance, layout: &Layout) -> Vec<(std::ops::Range<u32>, f64)> {
-    Pricer::new(instance, layout).exchange_groups()
-}
-
 struct Pricer<'a> {
     instance: &'a Instance,
     layout: &'a Layout,
@@ -141,35 +139,33 @@ impl<'a> Pricer<'a> {
         let micro_batches = f64::from(template.num_micro_batches);
         let (mut compute_s, mut transfer_s, mut bubble_s) = (0.0, 0.0, 0.0);
         for (at, stage) in stages.iter().enumerate() {
-            let work = Work {
-                forward_s: stage.forward_s,
-                backward_s: stage.backward_s,
-                transfer_s: stage.transfer_s,
-                recompute: template.stages[at].recompute,
-            };
             if at == slowest {
                 let own = stage.forward_s + stage.backward_s;
                 compute_s = micro_batches * own;
                 transfer_s = own + stage.transfer_s - pace(stage) + micro_batches * (pace(stage) - own);
             } else {
-                bubble_s += template.schedule.fill_s(work);
+                bubble_s += template.schedule.fill_s(work(stage, &template.stages[at]));
             }
         }
         PricedTemplate { total_s: compute_s + transfer_s + bubble_s, compute_s, transfer_s, bubble_s, stages }
     }
 
+    fn cost(&self, template: &Template, stage: &Stage) -> Option<&CostRow> {
+        let micro_batch = template.micro_batch / (stage.replicas * stage.parts()).max(1);
+        let pool = &self.instance.pools[stage.pool];
+        pool.cost_with_experts(stage.tensor_parallel, stage.expert_parallel, micro_batch)
+    }
+
     fn stage(&self, template: &Template, at: usize) -> PricedStage {
         let stage = &template.stages[at];
         let instance = self.instance;
-        let pool = &instance.pools[stage.pool];
-        let micro_batch = template.micro_batch / (stage.replicas * stage.parts()).max(1);
-        let cost = pool.cost_with_experts(stage.tensor_parallel, stage.expert_parallel, micro_batch);
+        let cost = self.cost(template, stage);
         let (Some(cost), Some(degree)) = (cost, instance.degree_index(stage.tensor_parallel)) else {
             return UNKNOWN;
         };
         let scheduled = template.schedule.in_flight(template.stages.len(), at);
         let in_flight = scheduled.min(instance.most_in_flight(template.micro_batch));
-        let samples = f64::from(micro_batch);
+        let samples = f64::from(cost.micro_batch);
         let overhead = instance.overhead_bytes(stage.pool, stage.group_devices());
         let (mut forward_s, mut backward_s, mut update_s) = (0.0, 0.0, 0.0);
         let (mut held, mut kept, mut working) = (0.0, 0.0, 0.0f64);
@@ -243,24 +239,21 @@ impl<'a> Pricer<'a> {
     /// same holders and travel as one group; a device pays for all groups that it holds.
     fn exchange(&self, templates: &mut [PricedTemplate]) {
         let groups = self.exchange_groups();
-        for (template, of_layout) in templates.iter_mut().zip(&self.layout.templates) {
-            for (stage, of_layout) in template.stages.iter_mut().zip(&of_layout.stages) {
-                let layers = of_layout.first_layer..of_layout.end_layer;
+        let buckets = Buckets::of_groups(self, &groups);
+        for (t, (template, of_layout)) in templates.iter_mut().zip(&self.layout.templates).enumerate() {
+            for (s, (stage, of_stage)) in template.stages.iter_mut().zip(&of_layout.stages).enumerate() {
+                let layers = of_stage.first_layer..of_stage.end_layer;
                 stage.exchange_s =
                     groups.iter().filter(|(of, _)| layers.contains(&of.start)).map(|(_, s)| s).sum();
-                // The exchange of a layer can begin when its last backward is done: that of the first
-                // layer never hides.
-                let num = f64::from(of_layout.num_layers());
-                let hides = self.instance.rules.exchange_overlap * stage.backward_s * (num - 1.0) / num;
-                stage.exposed_s = (stage.exchange_s - hides).max(stage.exchange_s / num);
-                if self.instance.rules.exchange_overlap == 0.0 {
-                    stage.exposed_s = stage.exchange_s;
-                }
+                let pass_s = of_layout.schedule.last_pass_s(work(stage, of_stage));
+                let hides_s = self.instance.rules.exchange_overlap * pass_s;
+                stage.exposed_s = buckets.exposed_s((t, s), layers, stage.exchange_s, hides_s);
             }
         }
     }
 
-    /// [`exchange_groups`].
+    /// Layers that travel together, first to last, with the seconds of their exchange: all layers
+    /// between neighbouring cuts of any template have the same holders.
     fn exchange_groups(&self) -> Vec<(std::ops::Range<u32>, f64)> {
         let stages = self.layout.templates.iter().flat_map(|t| &t.stages);
         let mut cuts: Vec<u32> = stages.map(|s| s.first_layer).collect();
@@ -415,6 +408,11 @@ const UNKNOWN: PricedStage = PricedStage {
     memory_bytes: f64::INFINITY,
     in_flight: 0.0,
 };
+
+fn work(priced: &PricedStage, stage: &Stage) -> Work {
+    let PricedStage { forward_s, backward_s, transfer_s, .. } = *priced;
+    Work { forward_s, backward_s, transfer_s, recompute: stage.recompute }
+}
 
 fn layers_of<'a>(of_layers: &'a mut [f64], stage: &Stage) -> &'a mut [f64] {
     let end = (stage.end_layer as usize).min(of_layers.len());

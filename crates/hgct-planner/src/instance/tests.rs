@@ -136,6 +136,24 @@ fn the_hierarchy_sends_each_nodes_part_between_pools() {
 }
 
 #[test]
+fn an_exchange_hides_behind_the_pass_that_completes_its_gradients() {
+    let mut instance = small();
+    instance.rules = Rules::hierarchical();
+    let mut exposed = |overlap: f64, schedule: Schedule| {
+        instance.rules.exchange_overlap = overlap;
+        let template = Template { schedule, ..template(4, 3, vec![stage(0..4, 0, 1)]) };
+        price(&instance, &Layout { templates: vec![template], shard_optimizer: false }).exchange_s
+    };
+    // 1.1 s a layer: each beside 2 s of backward of the layer before it, the first beside nothing.
+    close(exposed(1.0, Schedule::OneForwardOneBackward), 1.1);
+    close(exposed(1.0, Schedule::Interleaved(2)), 1.1);
+    // Beside 1 s of weights' half: all four begin with the last layer's, 3 s before the end.
+    close(exposed(1.0, Schedule::ZeroBubble), 4.4 - 3.0);
+    close(exposed(0.5, Schedule::OneForwardOneBackward), 4.4 - 3.0);
+    close(exposed(0.0, Schedule::OneForwardOneBackward), 4.4);
+}
+
+#[test]
 fn recompute_and_sharding_trade_time_for_memory() {
     let mut instance = small();
     instance.rules = Rules::hierarchical();

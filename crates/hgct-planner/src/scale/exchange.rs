@@ -1,7 +1,5 @@
 //! Exchange and update after the backwards, and the whole as a timeline.
 
-use std::ops::Range;
-
 use hgct_core::ids::{DeviceId, Rank};
 use hgct_core::plan::StageId;
 use hgct_core::schedule::{Action, Operation};
@@ -11,7 +9,7 @@ use super::order::OpKind;
 use super::place::{Places, Unit};
 use super::run::{Computed, Machine};
 use super::{Simulated, ns};
-use crate::instance::{Group, Instance, Layout, Schedule, exchange_groups};
+use crate::instance::{Buckets, Group, Instance, Layout};
 
 /// What a unit does after its last backward.
 #[derive(Debug, Clone, Default)]
@@ -20,9 +18,9 @@ struct Tail {
     update: (u64, u64),
 }
 
-/// Layers whose gradients travel together.
+/// A layer's exchange.
 struct Exchange {
-    /// Units that hold them.
+    /// Units that hold it.
     holders: Vec<usize>,
     /// When all holders are ready and free.
     start: u64,
@@ -43,40 +41,44 @@ pub(super) fn finish(
     let mut free = ends.clone();
     let mut tails = vec![Tail::default(); places.units.len()];
     let overlap = instance.rules.exchange_overlap;
-    // As `price` sees it: without overlap nobody begins before all are done.
-    let ready = |unit: usize, layers: &Range<u32>| {
+    let buckets = Buckets::new(instance, layout);
+    // By the rule of the price ([`Buckets`]); without overlap nobody begins before all are done.
+    let ready = |unit: usize, layer: u32| {
         if overlap <= 0.0 {
             return pipeline_ns;
         }
         let of = &places.units[unit];
         let template = &layout.templates[of.template];
-        let stage = &template.stages[of.stage];
-        let left = f64::from(layers.start - stage.first_layer) / f64::from(stage.num_layers());
-        // Virtual stages and divided backwards finish their layers in another order.
-        let left = if template.schedule == Schedule::OneForwardOneBackward { left } else { 0.0 };
-        let last = computed[unit].iter().rfind(|span| span.op.kind == OpKind::Backward);
-        let length = last.map_or(0, |span| span.end_ns - span.start_ns);
-        let early = (length as f64 * left * overlap).floor() as u64;
-        ends[unit] - early.min(ends[unit])
+        let schedule = template.schedule;
+        // Virtual stages divide what is left of a pass over the whole stage.
+        let in_stage = (layer - template.stages[of.stage].first_layer) as usize;
+        let left = buckets.left[of.template][of.stage][in_stage] * f64::from(schedule.virtual_stages());
+        let (chunk, left) = (left as u32, left.fract());
+        let kind = if schedule.divides() { OpKind::Weight } else { OpKind::Backward };
+        let is_pass = |span: &&Computed| span.op.kind == kind && span.op.chunk == chunk;
+        let Some(pass) = computed[unit].iter().rfind(is_pass) else { return ends[unit] };
+        let left_ns = ((pass.end_ns - pass.start_ns) as f64 * left).floor() as u64;
+        let early_ns = ends[unit] - (pass.end_ns - left_ns);
+        ends[unit] - (early_ns as f64 * overlap).floor() as u64
     };
-    let holds = |unit: &Unit, layers: &Range<u32>| {
+    let holds = |unit: &Unit, layer: u32| {
         let stage = &layout.templates[unit.template].stages[unit.stage];
-        (stage.first_layer..stage.end_layer).contains(&layers.start)
+        (stage.first_layer..stage.end_layer).contains(&layer)
     };
     // Last layers first, as backwards end.
-    let mut waiting: Vec<Exchange> = exchange_groups(instance, layout)
-        .into_iter()
+    let mut waiting: Vec<Exchange> = (0..instance.num_layers())
+        .zip(&buckets.seconds)
         .rev()
-        .filter(|(_, seconds)| *seconds > 0.0)
-        .map(|(layers, seconds)| {
+        .filter(|(_, seconds)| **seconds > 0.0)
+        .map(|(layer, seconds)| {
             let holders: Vec<usize> =
-                (0..places.units.len()).filter(|unit| holds(&places.units[*unit], &layers)).collect();
-            let start = holders.iter().map(|unit| ready(*unit, &layers)).max().unwrap_or(0);
-            Exchange { holders, start, length: ns(seconds) }
+                (0..places.units.len()).filter(|unit| holds(&places.units[*unit], layer)).collect();
+            let start = holders.iter().map(|unit| ready(*unit, layer)).max().unwrap_or(0);
+            Exchange { holders, start, length: ns(*seconds) }
         })
         .collect();
-    let exchange_ns: u64 = waiting.iter().map(|group| group.length).sum();
-    // Whichever can begin first does: groups that share no device exchange at the same time.
+    let exchange_ns: u64 = waiting.iter().map(|layer| layer.length).sum();
+    // Whichever can begin first does: layers that share no device are exchanged at the same time.
     let mut exchanging = vec![0u64; places.units.len()];
     while let Some(next) = (0..waiting.len()).min_by_key(|at| waiting[*at].start) {
         let Exchange { holders, start, length } = waiting.remove(next);
@@ -84,11 +86,15 @@ pub(super) fn finish(
         for unit in &holders {
             exchanging[*unit] = end;
             free[*unit] = free[*unit].max(end);
-            tails[*unit].reduces.push((start, end));
+            let reduces = &mut tails[*unit].reduces;
+            match reduces.last_mut() {
+                Some(last) if last.1 == start => last.1 = end,
+                _ => reduces.push((start, end)),
+            }
         }
-        for group in &mut waiting {
-            let busy = group.holders.iter().map(|unit| exchanging[*unit]).max().unwrap_or(0);
-            group.start = group.start.max(busy);
+        for layer in &mut waiting {
+            let busy = layer.holders.iter().map(|unit| exchanging[*unit]).max().unwrap_or(0);
+            layer.start = layer.start.max(busy);
         }
     }
     let mut update_ns = 0;
@@ -142,7 +148,7 @@ fn timeline(
     let mut ranks = Vec::with_capacity(next as usize);
     for (at, unit) in places.units.iter().enumerate() {
         let pipeline = &places.pipelines[unit.pipeline];
-        let divided = layout.templates[unit.template].schedule == Schedule::ZeroBubble;
+        let divided = layout.templates[unit.template].schedule.divides();
         let action = |operation, micro_batch| Action { stage: StageId(at as u32), operation, micro_batch };
         let mut actions: Vec<ActionSpan> = machine.computed[at]
             .iter()

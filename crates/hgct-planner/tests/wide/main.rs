@@ -5,6 +5,7 @@
 mod brute;
 mod cases;
 mod experts;
+mod overlap;
 mod pricer;
 mod properties;
 mod replanning;
