@@ -33,7 +33,7 @@ mod settle;
 mod table;
 
 pub use bound::Bound;
-use bound::schedules;
+use bound::{fastest_to_fill, schedules};
 pub use meter::Effort;
 pub(crate) use meter::Meter;
 pub(crate) use program::gcd;
@@ -181,7 +181,7 @@ impl Finder<'_, '_> {
     /// The best layout on some pools, and `None` when out of nodes.
     fn run(&mut self, pools: &[usize], thorough: bool) -> (Option<(Layout, Priced)>, Option<()>) {
         let instance = self.instance;
-        let schedules = schedules(instance);
+        let schedules = fastest_to_fill(schedules(instance));
         let limits: Vec<u64> = instance
             .pools
             .iter()

@@ -136,7 +136,8 @@ impl Bound {
             table.shards.set(instance.num_devices() as f64);
         }
         let exchanges = Exchanges::new(instance);
-        let mut dual = Dual::new(&table, &schedules(instance), exchanges.holding, enough, meter);
+        let schedules = fastest_to_fill(schedules(instance));
+        let mut dual = Dual::new(&table, &schedules, exchanges.holding, enough, meter);
         let devices = instance.pools.iter().map(|pool| pool.num_devices() as f64);
         let mut shares: Vec<f64> = devices.zip(&self.prices).map(|(n, price)| n * price).collect();
         shares.extend([0.0; 3]);
@@ -150,17 +151,22 @@ impl Bound {
     }
 }
 
-/// Schedules that are worth a search: 1F1B always can be had, but zero bubbles, where they may be,
-/// need no more memory and fill in less time.
+/// Schedules that a layout may use.
 pub(crate) fn schedules(instance: &Instance) -> Vec<Schedule> {
-    let mut schedules = Vec::new();
-    if !instance.rules.schedules.contains(&Schedule::ZeroBubble) {
-        schedules.push(Schedule::OneForwardOneBackward);
-    }
+    let mut schedules = vec![Schedule::OneForwardOneBackward];
     for schedule in &instance.rules.schedules {
-        if *schedule != Schedule::OneForwardOneBackward && !schedules.contains(schedule) {
+        if !schedules.contains(schedule) {
             schedules.push(*schedule);
         }
+    }
+    schedules
+}
+
+/// Those that fill in the least time: not 1F1B beside zero bubbles, which need no more memory. (What it
+/// hides more of an exchange, the bound allows to both.)
+pub(crate) fn fastest_to_fill(mut schedules: Vec<Schedule>) -> Vec<Schedule> {
+    if schedules.contains(&Schedule::ZeroBubble) {
+        schedules.retain(|schedule| *schedule != Schedule::OneForwardOneBackward);
     }
     schedules
 }

@@ -167,6 +167,7 @@ impl<'t, 'a> Chains<'t, 'a> {
                 let bytes = table.gradient[layer + 1] - table.gradient[layer];
                 sums[0] += forward_s + backward_s;
                 sums[1] += of_fill;
+                // A whole backward, whatever the schedule: it stands for all that fill no faster.
                 let hides = backward_s + if again { forward_s } else { 0.0 };
                 sums[2] += devices * (bytes * holding.seconds_a_byte - holding.hides * hides);
                 compute.push(sums[0]);

@@ -64,9 +64,24 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     pub(crate) fn run(&mut self) -> Option<()> {
         let done = self.everything();
         if let Some(best) = self.best.take() {
-            self.best = Some(polish(self.table, best.clone(), 6, self.meter).unwrap_or(best));
+            let best = polish(self.table, best.clone(), 6, self.meter).unwrap_or(best);
+            let whole = self.with_whole_backwards(&best.crew);
+            self.best = Some(best);
+            if let Some(crew) = whole {
+                self.offer(&crew);
+            }
         }
         done
+    }
+
+    /// The same pipelines under 1F1B, which hides more of an exchange than zero bubbles that fill faster.
+    fn with_whole_backwards(&self, crew: &Crew) -> Option<Crew> {
+        let plain = Schedule::OneForwardOneBackward;
+        let whole = |(form, count): &(Form, u32)| {
+            Some((Form::new(self.table, form.size, plain, form.stages.clone())?, *count))
+        };
+        let divided = |(form, _): &(Form, u32)| form.schedule == Schedule::ZeroBubble;
+        crew.iter().any(divided).then(|| crew.iter().map(whole).collect()).flatten()
     }
 
     fn everything(&mut self) -> Option<()> {
@@ -114,7 +129,10 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     fn most_work(&self) -> u64 {
         match self.table.instance.rules.exchange {
             crate::instance::Exchange::FlatRing { .. } => u64::MAX,
-            crate::instance::Exchange::Hierarchical => HIDDEN_WORK,
+            crate::instance::Exchange::Hierarchical => {
+                // Each pool is searched alone, too.
+                HIDDEN_WORK * 4 / (self.table.instance.pools.len() as u64).max(4)
+            }
         }
     }
 
