@@ -12,7 +12,7 @@ use hgct_core::timeline::Timeline;
 use hgct_planner::answer::Answer;
 use hgct_planner::export::{Exported, Target, export};
 use hgct_planner::instance::{Group, Instance, Layout, Stage, check_instance, price};
-use hgct_planner::scale::{WhatIf, simulate_placed};
+use hgct_planner::scale::{SLOW_FACTORS, WhatIf, simulate_placed};
 use hgct_planner::words::{count, nanoseconds, seconds};
 use serde_json::{Value, json};
 
@@ -341,8 +341,11 @@ fn text_of(path: &Path) -> Result<String> {
 }
 
 fn slow(text: &str) -> Result<(String, f64), String> {
-    let bad = || "give DEVICE=FACTOR, such as A100-40-3=1.3".to_owned();
+    let bad = || {
+        let (least, most) = (SLOW_FACTORS.start(), SLOW_FACTORS.end());
+        format!("give DEVICE=FACTOR with a factor from {least} to {most}, such as A100-40-3=1.3")
+    };
     let (name, factor) = text.rsplit_once('=').ok_or_else(bad)?;
-    let factor = factor.parse::<f64>().ok().filter(|factor| factor.is_finite() && *factor > 0.0);
+    let factor = factor.parse::<f64>().ok().filter(|factor| SLOW_FACTORS.contains(factor));
     factor.filter(|_| !name.is_empty()).map(|factor| (name.to_owned(), factor)).ok_or_else(bad)
 }

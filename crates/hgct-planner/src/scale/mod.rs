@@ -19,6 +19,9 @@ mod run;
 #[cfg(test)]
 mod tests;
 
+/// Factors by which something may be slower: beyond them times are no longer whole nanoseconds.
+pub const SLOW_FACTORS: std::ops::RangeInclusive<f64> = 1e-3..=1e6;
+
 /// What if.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct WhatIf {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::WhatIf;
+use super::{SLOW_FACTORS, WhatIf};
 use crate::instance::{Group, Instance, Layout, Named, assign, bad, lost_nodes};
 use crate::{Error, Result};
 
@@ -49,8 +49,10 @@ impl Places {
     ) -> Result<Self> {
         let lost = lost_nodes(instance, &what_if.lose)?;
         let slow = what_if.slow.iter().map(|(name, factor)| {
-            if !(factor.is_finite() && *factor > 0.0 && *factor <= 1e6) {
-                return Err(bad("--slow", &format!("{name}={factor}"), "a factor above 0"));
+            if !SLOW_FACTORS.contains(factor) {
+                let (least, most) = (SLOW_FACTORS.start(), SLOW_FACTORS.end());
+                let allowed = format!("a factor from {least} to {most}");
+                return Err(bad("--slow", &format!("{name}={factor}"), &allowed));
             }
             Ok((Named::read(instance, "--slow", name)?, *factor))
         });
