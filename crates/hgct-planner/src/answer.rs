@@ -86,6 +86,9 @@ pub struct ModelFacts {
     pub active_parameters: u64,
     /// Model flops of one sample, forward and backward; 0 where they are not known.
     pub train_flops: f64,
+    /// Whether embedding and head are one tensor; absent where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tied_embeddings: Option<bool>,
 }
 
 /// What is expected of a layout.
@@ -171,6 +174,7 @@ impl ModelFacts {
             parameters: architecture.num_parameters(),
             active_parameters: architecture.num_active_parameters(),
             train_flops: architecture.train_flops(seq_len),
+            tied_embeddings: Some(architecture.tied_parameters > 0),
         }
     }
 }

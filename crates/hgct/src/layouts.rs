@@ -82,15 +82,24 @@ pub(crate) struct ExportArgs {
 /// A plan of either form.
 enum Document {
     /// Of thousands of devices, with its problem.
-    Layout(Box<(Instance, Layout, Option<Vec<Group>>)>),
+    Layout(Box<Laid>),
     /// Of a job.
     Plan(Box<Plan>),
+}
+
+/// A layout, and what its document says beside it.
+struct Laid {
+    instance: Instance,
+    layout: Layout,
+    groups: Option<Vec<Group>>,
+    /// Whether embedding and head are one tensor, where the document says it.
+    tied_embeddings: Option<bool>,
 }
 
 /// Simulates a step.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<u8> {
     let result = match read(&args.plan)? {
-        Document::Layout(document) => of_layout(args, &document.0, &document.1, document.2.as_deref())?,
+        Document::Layout(laid) => of_layout(args, &laid)?,
         Document::Plan(plan) => of_plan(args, &plan)?,
     };
     let kinds: Vec<&str> = result.kinds.iter().map(String::as_str).collect();
@@ -118,12 +127,8 @@ struct Outcome {
     text: String,
 }
 
-fn of_layout(
-    args: &SimulateArgs,
-    instance: &Instance,
-    layout: &Layout,
-    groups: Option<&[Group]>,
-) -> Result<Outcome> {
+fn of_layout(args: &SimulateArgs, laid: &Laid) -> Result<Outcome> {
+    let (instance, layout, groups) = (&laid.instance, &laid.layout, laid.groups.as_deref());
     if args.profile.is_some() {
         bail!(
             "{} has its own figures: leave --profile out, it is for the plan of a job",
@@ -250,7 +255,7 @@ fn what_changed(plain_ns: u64, step_ns: u64) -> String {
 /// Writes a plan in another program's words.
 pub(crate) fn export_plan(args: &ExportArgs) -> Result<u8> {
     let exported = match read(&args.plan)? {
-        Document::Layout(document) => Exported::of_layout(&document.0, &document.1),
+        Document::Layout(laid) => Exported::of_layout(&laid.instance, &laid.layout, laid.tied_embeddings),
         Document::Plan(plan) => Exported::of_plan(&plan)?,
     };
     let Some((_, target)) = Target::ALL.into_iter().find(|(name, _)| *name == args.to) else {
@@ -327,7 +332,12 @@ fn read(path: &Path) -> Result<Document> {
     let groups = value
         .get("groups")
         .map(|groups| canonical::decode::<Vec<Group>>(&format!("{file}: groups"), &groups.to_string()));
-    Ok(Document::Layout(Box::new((instance, layout, groups.transpose()?))))
+    Ok(Document::Layout(Box::new(Laid {
+        instance,
+        layout,
+        groups: groups.transpose()?,
+        tied_embeddings: value.pointer("/model/tied_embeddings").and_then(Value::as_bool),
+    })))
 }
 
 /// A text of at most 256 MiB.

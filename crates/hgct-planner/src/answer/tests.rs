@@ -93,6 +93,7 @@ fn answer() -> Answer {
             parameters: 2_684_354_560,
             active_parameters: 2_684_354_560,
             train_flops: 1e14,
+            tied_embeddings: None,
         },
         peaks: vec![2e14, 1e14],
         confidence: vec![Confidence::Vendor, Confidence::Estimate],

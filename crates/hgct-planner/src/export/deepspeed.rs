@@ -1,10 +1,12 @@
-//! DeepSpeed: `PipelineModule` chooses the cuts itself and can only be told how to weigh layers. With
-//! as many modules as stages its `uniform` method gives each stage exactly one: so the plan's cuts are
-//! stated as which layers to put into which module.
+//! DeepSpeed: what `PipelineModule` is made with. Its methods of partition weigh layers and cut where
+//! it likes, so the plan's cuts are stated as what a method of one's own sets: `parts`, the first of
+//! each stage's layers and the end (embedding, decoder blocks and head are a layer each). Only so are
+//! tied embeddings two layers of one key, and a checkpoint a block: `activation_checkpoint_interval`
+//! counts layers.
 
 use serde_json::{Value, json};
 
-use super::{Exported, File, Target, Uniform, no_experts, refuse, share, uniform};
+use super::{Exported, File, Target, no_experts, one, refuse, share};
 use crate::Result;
 use crate::instance::Schedule;
 
@@ -13,11 +15,12 @@ const TARGET: Target = Target::DeepSpeed;
 pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
     no_experts(TARGET, plan)?;
     let pipeline = plan.one_shape(TARGET)?;
-    let Uniform { degree, replicas, recompute } = uniform(TARGET, pipeline)?;
+    let degree = one(TARGET, "tensor parallel degree", pipeline, |stage| stage.tensor_parallel)?;
+    let replicas = one(TARGET, "number of replicas", pipeline, |stage| stage.replicas)?;
     if pipeline.schedule != Schedule::OneForwardOneBackward {
         return Err(refuse(TARGET, format!("its pipeline is 1F1B, not {:?}", pipeline.schedule)));
     }
-    let modules: Vec<Value> = pipeline
+    let stages: Vec<Value> = pipeline
         .stages
         .iter()
         .enumerate()
@@ -30,17 +33,21 @@ pub(super) fn export(plan: &Exported) -> Result<Vec<File>> {
                 "num_blocks": parts.num_blocks(),
                 "head": parts.head,
                 "kind": stage.kind,
+                "activation_checkpoint_interval": u32::from(stage.recompute),
             })
         })
         .collect();
-    let partition = json!({
+    let ends = pipeline.stages.iter().map(|stage| stage.layers.end);
+    let mut partition = json!({
         "num_stages": pipeline.stages.len(),
         "model_parallel_size": degree,
         "data_parallel_size": plan.num_pipelines() * replicas,
-        "partition_method": "uniform",
-        "activation_checkpoint_interval": u32::from(recompute),
-        "modules": modules,
+        "parts": std::iter::once(0).chain(ends).collect::<Vec<u32>>(),
+        "stages": stages,
     });
+    if let Some(tied) = plan.tied_embeddings {
+        partition["tied_embeddings"] = tied.into();
+    }
     let config = json!({
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": share(TARGET, pipeline, replicas)?,

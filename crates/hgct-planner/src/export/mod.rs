@@ -6,7 +6,7 @@
 //! | FlagScale | `hetero_process_meshes`, `hetero_pipeline_layer_split`, `hetero_device_types` |
 //! | SynerFuse | `--hetero-pipeline-stages`, `--micro-batch-size-per-dp`, `--num-micro-batches-per-dp` |
 //! | torchtitan | module names a stage, and a schedule as CSV |
-//! | DeepSpeed | `PipelineModule` with one module a stage, and a configuration |
+//! | DeepSpeed | `PipelineModule`'s cuts and checkpoints, and a configuration |
 //!
 //! A target gets exactly the plan or nothing: what it has no word for is [`Error::Export`].
 
@@ -143,8 +143,8 @@ pub fn export(plan: &Exported, target: Target) -> Result<Vec<File>> {
 }
 
 impl Exported {
-    /// From a layout over a problem's pools.
-    pub fn of_layout(instance: &Instance, layout: &Layout) -> Self {
+    /// From a layout over a problem's pools, and whether the model's embedding and head are one tensor.
+    pub fn of_layout(instance: &Instance, layout: &Layout, tied_embeddings: Option<bool>) -> Self {
         let routed = instance.classes.iter().any(|class| class.experts.is_some());
         let pipelines = layout.templates.iter().map(|template| ExportedPipeline {
             count: template.count,
@@ -167,7 +167,7 @@ impl Exported {
         });
         Self {
             blocks: instance.num_layers().saturating_sub(2),
-            tied_embeddings: None,
+            tied_embeddings,
             global_batch: instance.global_batch,
             seq_len: instance.seq_len,
             shard_optimizer: layout.shard_optimizer,

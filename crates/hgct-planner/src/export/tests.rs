@@ -329,8 +329,10 @@ fn stages_that_run_ahead_are_said_by_a_schedule_or_refused() {
 }
 
 #[test]
-fn deepspeed_gets_a_module_a_stage() {
-    let files = export(&uneven(), Target::DeepSpeed).unwrap();
+fn deepspeed_gets_cuts_and_a_checkpoint_a_block() {
+    let mut plan = uneven();
+    plan.pipelines[0].stages[0].recompute = true;
+    let files = export(&plan, Target::DeepSpeed).unwrap();
     let parse = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     let (config, partition) = (parse(&files[0].text), parse(&files[1].text));
     let number = |key: &str| config[key].as_u64().unwrap();
@@ -340,14 +342,19 @@ fn deepspeed_gets_a_module_a_stage() {
         number("train_batch_size"),
         number("train_micro_batch_size_per_gpu") * number("gradient_accumulation_steps") * replicas
     );
-    let modules = partition["modules"].as_array().unwrap();
-    assert_eq!(modules.len() as u64, partition["num_stages"].as_u64().unwrap());
+    // Embedding, 24 blocks and head, cut as `PipelineModule.parts` has it.
+    assert_eq!(partition["parts"], serde_json::json!([0, 8, 17, 26]));
+    assert_eq!(partition["tied_embeddings"], false);
+    let stages = partition["stages"].as_array().unwrap();
+    assert_eq!(stages.len() as u64, partition["num_stages"].as_u64().unwrap());
     let mut next = 0;
-    for module in modules {
-        assert_eq!(module["first_block"].as_u64().unwrap(), next);
-        next += module["num_blocks"].as_u64().unwrap();
+    for stage in stages {
+        assert_eq!(stage["first_block"].as_u64().unwrap(), next);
+        next += stage["num_blocks"].as_u64().unwrap();
     }
     assert_eq!(next, 24);
+    let intervals = stages.iter().map(|stage| stage["activation_checkpoint_interval"].as_u64().unwrap());
+    assert_eq!(intervals.collect::<Vec<_>>(), [1, 0, 0]);
     let mut replicated = uneven();
     replicated.pipelines[0].stages[1].replicas = 2;
     assert!(refusal(&replicated, Target::DeepSpeed).contains("number of replicas"));

@@ -27,6 +27,7 @@ impl Problem {
                 parameters: parameters.round() as u64,
                 active_parameters: parameters.round() as u64,
                 train_flops: 0.0,
+                tied_embeddings: None,
             },
             peaks: Vec::new(),
             confidence: Vec::new(),
