@@ -60,6 +60,10 @@ pub struct Answer {
     pub confidence: Vec<Confidence>,
     /// The problem.
     pub instance: Instance,
+    /// The same with every figure at the slow, and at the fast end of its range; absent for measured
+    /// costs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends: Option<Box<[Instance; 2]>>,
     /// The layout.
     pub layout: Layout,
     /// Its devices, where they are not those that [`crate::instance::assign`] hands out: pipelines that
@@ -209,6 +213,12 @@ impl Answer {
         }
         if let Some(fault) = check(&answer.instance, &answer.layout).first() {
             return bad("layout", fault.to_string(), "a sound layout");
+        }
+        let fault = |end: &Instance| {
+            check_instance(end).into_iter().next().or_else(|| check(end, &answer.layout).into_iter().next())
+        };
+        if let Some(fault) = answer.ends.as_deref().and_then(|ends| ends.iter().find_map(fault)) {
+            return bad("ends", fault.to_string(), "the problem with other speeds");
         }
         let groups = answer.groups.as_deref();
         if let Some(fault) = groups.and_then(|of| check_groups(&answer.instance, &answer.layout, of)) {

@@ -98,6 +98,7 @@ fn answer() -> Answer {
         peaks: vec![2e14, 1e14],
         confidence: vec![Confidence::Vendor, Confidence::Estimate],
         instance,
+        ends: None,
         layout,
         groups: None,
         prediction: Expected {

@@ -1,4 +1,4 @@
-//! What to do when nodes are lost: keep what runs, fill in, or begin anew.
+//! What to do when nodes are lost: keep what runs, move onto spare devices, fill in, or begin anew.
 
 use std::collections::BTreeSet;
 
@@ -10,12 +10,13 @@ use super::form::{Form, Placed};
 use super::moves::Held;
 use super::settle::{Crew, settle};
 use super::table::Table;
-use super::{Effort, find};
+use super::{Effort, Found, find};
 
 /// A way to go on, with what it costs and what it gives.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Way {
-    /// `keep` (pipelines without a lost device, other micro-batches), `fill` (these, and new ones on
+    /// `keep` (pipelines without a lost device, other micro-batches), `move` (the parent's layout, what
+    /// stood on lost nodes on spare ones of their kind), `fill` (what is kept, and new pipelines on
     /// devices that are free), or `anew` (the best layout of what is left).
     pub name: String,
     /// The layout; pools and nodes are those of [`Replan::instance`].
@@ -44,6 +45,8 @@ pub struct Replan {
     pub ways: Vec<Way>,
     /// Step of the parent before the loss.
     pub before_s: f64,
+    /// The search for what is left, whose bound holds for every way; absent without a loss.
+    pub anew: Option<Found>,
 }
 
 /// Replans a layout after `lost` nodes (pool, node of the pool), to be used for `steps` steps. The fewer,
@@ -103,11 +106,22 @@ pub fn replan(
     };
     if lost.is_empty() {
         offer("keep", parent.clone());
-        return Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left });
+        return Ok(Replan {
+            ways,
+            before_s: price(instance, parent).iteration_s,
+            instance: left,
+            anew: None,
+        });
     }
+    // The least change: it fits where the nodes that are left have room for what the lost ones held.
+    offer(if hit.is_empty() { "keep" } else { "move" }, parent.clone());
     let table = Table::new(&left, |_, _| true);
+    // At best every device holds each layer: `offer` checks what each layout shares.
+    if left.rules.shard_optimizer {
+        table.shards.set(left.num_devices() as f64);
+    }
     let survivors = crew_of(&table, &kept);
-    if let Some(settled) = settle(&table, &survivors) {
+    if let (false, Some(settled)) = (hit.is_empty(), settle(&table, &survivors)) {
         offer("keep", settled.layout);
     }
     if let Some(settled) = fill_in(&left, &kept, effort).and_then(|new| {
@@ -117,11 +131,12 @@ pub fn replan(
     }) {
         offer("fill", settled.layout);
     }
-    if let Some((layout, _)) = find(&left, None, effort)?.best {
-        offer("anew", layout);
+    let anew = find(&left, None, effort)?;
+    if let Some((layout, _)) = &anew.best {
+        offer("anew", layout.clone());
     }
     ways.sort_by(|a, b| a.total_s.total_cmp(&b.total_s).then(a.moved_bytes.total_cmp(&b.moved_bytes)));
-    Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left })
+    Ok(Replan { ways, before_s: price(instance, parent).iteration_s, instance: left, anew: Some(anew) })
 }
 
 /// New pipelines on the devices that the kept ones leave free.

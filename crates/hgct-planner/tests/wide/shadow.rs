@@ -72,6 +72,7 @@ fn what_a_node_memory_or_bandwidth_brings_is_what_a_search_with_it_finds() {
             peaks: vec![],
             confidence: vec![],
             instance: instance.clone(),
+            ends: None,
             layout,
             groups: None,
             prediction: Expected {

@@ -14,7 +14,7 @@ use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
 use hgct_core::plan::Plan;
 use hgct_planner::answer::{Answer, Expected, Why, compare, limited_by, shortage, why};
-use hgct_planner::instance::{Instance, Layout, Priced, Schedule, lost_nodes, price};
+use hgct_planner::instance::{Instance, Layout, Priced, Schedule, check, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
 use hgct_planner::words::{count, rate, seconds};
 use hgct_planner::{Planned, executable};
@@ -192,8 +192,8 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
     let Some((layout, priced)) = best else {
         bail!("{}", no_plan(found.finished, args.large.time_limit.is_some()));
     };
-    let seconds = |instance: &Instance| price(instance, &layout).iteration_s;
-    let [slow_s, fast_s] = [&problem.slow, &problem.fast].map(|case| case.as_ref().map(seconds));
+    let ends = problem.slow.zip(problem.fast).map(|(slow, fast)| Box::new([slow, fast]));
+    let [slow_s, fast_s] = at_ends(ends.as_deref(), &layout);
     let answer = Answer {
         format: Answer::FORMAT,
         parent: None,
@@ -204,6 +204,7 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         layout,
         groups: None,
         instance: problem.instance,
+        ends,
         prediction: Expected {
             iteration_s: priced.iteration_s,
             slow_s,
@@ -220,6 +221,12 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
     let why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
     let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };
     print(args, &answer, &why, search_seconds, forced, hint)
+}
+
+/// One step of a layout at both ends of what is known, where there are such.
+fn at_ends(ends: Option<&[Instance; 2]>, layout: &Layout) -> [Option<f64>; 2] {
+    let step = |end: &Instance| check(end, layout).is_empty().then(|| price(end, layout).iteration_s);
+    ends.map_or([None; 2], |ends| ends.each_ref().map(step))
 }
 
 /// What tensor parallelism over unlike kinds costs, as text and as data.
@@ -307,20 +314,30 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
             args.lose.join(", ")
         );
     };
+    let mut ends = parent.ends.clone();
+    for end in ends.iter_mut().flat_map(|ends| ends.iter_mut()) {
+        for (pool, left) in end.pools.iter_mut().zip(&found.instance.pools) {
+            pool.nodes = left.nodes;
+        }
+    }
+    let [slow_s, fast_s] = at_ends(ends.as_deref(), &best.layout);
+    let anew = found.anew.as_ref();
+    let alone = anew.map(|anew| alone(&found.instance, anew)).unwrap_or_default();
     let answer = Answer {
         parent: Some(Hash::of(&parent)),
         layout: best.layout.clone(),
         groups: Some(best.groups.clone()),
-        instance: found.instance,
         prediction: Expected {
             iteration_s: best.priced.iteration_s,
-            slow_s: None,
-            fast_s: None,
-            bound_s: None,
-            prices: Vec::new(),
+            slow_s,
+            fast_s,
+            bound_s: anew.map(|anew| anew.proven_s),
+            prices: anew.map(|anew| anew.bound.prices.clone()).unwrap_or_default(),
             limited_by: limited_by(&best.priced).to_owned(),
-            finished: true,
+            finished: anew.is_none_or(|anew| anew.finished),
         },
+        instance: found.instance,
+        ends,
         // Its ranks and owners are of the devices before the loss.
         plan: None,
         ..parent
@@ -329,7 +346,7 @@ fn after_loss(args: &Args, parent: &Path) -> Result<u8> {
     let ways: Vec<Value> = found.ways.iter().map(|way| told(way, &mut text)).collect();
     let ways =
         json!({ "lost": args.lose, "before_seconds": found.before_s, "steps": args.steps, "ways": ways });
-    print(args, &answer, &why(&answer, &[], None), search_seconds, Some((text, "replanned", ways)), "")
+    print(args, &answer, &why(&answer, &alone, None), search_seconds, Some((text, "replanned", ways)), "")
 }
 
 /// A way to go on, as a line and as data.
