@@ -164,6 +164,23 @@ pub enum Error {
         /// What is wrong, and where.
         fault: String,
     },
+    /// The pipelines that a loss leaves need more memory than there is: fewer share optimizer state.
+    #[error(
+        "without {lost} the pipelines that are left do not fit: {device} would need {needed_bytes} bytes and has \
+         {limit_bytes}: {missing_bytes} are missing; see what else can be done with `hgct plan --parent`"
+    )]
+    LossDoesNotFit {
+        /// The nodes that are lost.
+        lost: String,
+        /// Where the most is missing.
+        device: String,
+        /// Bytes that it would need.
+        needed_bytes: u64,
+        /// Bytes that it has.
+        limit_bytes: u64,
+        /// The difference.
+        missing_bytes: u64,
+    },
     /// The program that shall execute a plan has no word for it.
     #[error("{target} cannot express this plan: {reason}")]
     Export {

@@ -1,9 +1,9 @@
 //! Which devices hold which stage, and what what-ifs change in that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{SLOW_FACTORS, WhatIf};
-use crate::instance::{Group, Instance, Layout, Named, assign, bad, lost_nodes};
+use crate::instance::{Group, Instance, Layout, Named, Template, assign, bad, lost_nodes, price};
 use crate::{Error, Result};
 
 /// One stage of one pipeline.
@@ -85,6 +85,7 @@ impl Places {
         }
         if !lost.is_empty() {
             places.drop_pipelines_on(layout, &lost, what_if)?;
+            places.fit(instance, layout, what_if)?;
         }
         let mut next = 0;
         for pipeline in &mut places.pipelines {
@@ -142,5 +143,39 @@ impl Places {
             missing = missing.saturating_sub(u64::from(layout.templates[pipeline.template].micro_batch));
         }
         Ok(())
+    }
+
+    /// That memory still holds what the pipelines that are left need.
+    fn fit(&self, instance: &Instance, layout: &Layout, what_if: &WhatIf) -> Result<()> {
+        // Alike ones are one template, with the first of them.
+        let mut alike: BTreeMap<(usize, u32), (usize, u32)> = BTreeMap::new();
+        for (at, pipeline) in self.pipelines.iter().enumerate() {
+            alike.entry((pipeline.template, pipeline.num_micro_batches)).or_insert((at, 0)).1 += 1;
+        }
+        let template = |(&(template, num_micro_batches), &(_, count)): (&(usize, u32), &(usize, u32))| {
+            Template { count, num_micro_batches, ..layout.templates[template].clone() }
+        };
+        let left = Layout { templates: alike.iter().map(template).collect(), ..*layout };
+        let priced = price(instance, &left);
+        let mut worst: Option<(f64, f64, &Group)> = None;
+        for (template, (first, _)) in priced.templates.iter().zip(alike.values()) {
+            let units = &self.units[self.pipelines[*first].first_unit..];
+            for (stage, unit) in template.stages.iter().zip(units) {
+                let (group, needed) = (&unit.groups[0], stage.memory_bytes);
+                let missing = needed - instance.pools[group.pool].memory_bytes;
+                if missing > worst.map_or(0.0, |(most, ..)| most) {
+                    worst = Some((missing, needed, group));
+                }
+            }
+        }
+        let Some((missing, needed, group)) = worst else { return Ok(()) };
+        let pool = &instance.pools[group.pool];
+        Err(Error::LossDoesNotFit {
+            lost: what_if.lose.join(", "),
+            device: format!("{}-{}/{}", pool.kind, group.node, group.first_device),
+            needed_bytes: needed.ceil() as u64,
+            limit_bytes: pool.memory_bytes as u64,
+            missing_bytes: missing.ceil() as u64,
+        })
     }
 }

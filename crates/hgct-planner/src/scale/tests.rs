@@ -228,6 +228,31 @@ fn who_is_left_takes_what_a_lost_node_leaves() {
 }
 
 #[test]
+fn a_loss_that_memory_does_not_allow_has_no_result() {
+    let mut instance = instance(rules(Transfer::Overlapped, 0.0), 24);
+    instance.classes.iter_mut().flat_map(|class| &mut class.memory).for_each(|of| of.optimizer_bytes = 1e9);
+    let of = |count, num| Layout {
+        templates: vec![template(count, num, ONE, &[(0, 4, 0)])],
+        shard_optimizer: true,
+    };
+    // What three pipelines share of optimizer state, two must hold.
+    let [before, after] =
+        [of(3, 8), of(2, 12)].map(|layout| price(&instance, &layout).templates[0].stages[0].memory_bytes);
+    assert!(after > before);
+    let what_if = WhatIf { slow: vec![], lose: vec!["FAST-1".into()] };
+    instance.pools[0].memory_bytes = after;
+    assert_eq!(simulate_layout(&instance, &of(3, 8), &what_if).unwrap().num_pipelines, 2);
+    instance.pools[0].memory_bytes = before;
+    assert!(simulate_layout(&instance, &of(3, 8), &plain()).is_ok());
+    let error = simulate_layout(&instance, &of(3, 8), &what_if).unwrap_err();
+    let Error::LossDoesNotFit { device, needed_bytes, missing_bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!((device.as_str(), needed_bytes), ("FAST-0/0", after.ceil() as u64));
+    assert_eq!(missing_bytes, (after - before).ceil() as u64);
+}
+
+#[test]
 fn a_lost_node_stops_the_same_pipelines_here_and_in_a_new_plan() {
     // Larger groups get their devices first, whatever the order of templates.
     let instance = instance(rules(Transfer::Overlapped, 0.0), 48);

@@ -1,6 +1,6 @@
 //! Going on after a loss.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hgct_planner::instance::{Exchange, Group, Instance, Layout, Rules, assign, check, check_groups};
 use hgct_planner::wide::{Effort, Found, find, replan};
@@ -66,6 +66,30 @@ fn without_a_loss_the_parent_stays_as_it_is() {
         assert_eq!((way.moved_bytes, way.moved_s), (0.0, 0.0));
         assert_eq!(way.kept_pipelines, parent.num_pipelines());
     }
+}
+
+#[test]
+fn a_plan_moves_as_it_is_where_devices_are_spare() {
+    let mut moved = 0;
+    for seed in 0..40 {
+        let Some(instance) = large(seed) else { continue };
+        let mut smaller = instance.clone();
+        smaller.pools[0].nodes -= 1;
+        let (parent, priced) = find(&smaller, None, &EFFORT).unwrap().best.unwrap();
+        let groups = assign(&smaller, &parent).unwrap();
+        let on_lost = |group: &&Group| (group.pool, group.node) == (0, 0);
+        let hit: BTreeSet<_> = groups.iter().filter(on_lost).map(|g| (g.template, g.pipeline)).collect();
+        let replanned = replan(&instance, &parent, Some(&groups), &[(0, 0)], 100, &EFFORT).unwrap();
+        let name = if hit.is_empty() { "keep" } else { "move" };
+        let way = replanned.ways.iter().find(|way| way.name == name).unwrap();
+        assert_eq!((&way.layout, &way.priced), (&parent, &priced), "seed {seed}");
+        assert_eq!(way.kept_pipelines, parent.num_pipelines() - hit.len() as u64, "seed {seed}");
+        assert_eq!(way.moved_bytes > 0.0, !hit.is_empty(), "seed {seed}");
+        let bound_s = replanned.anew.unwrap().proven_s;
+        assert!(replanned.ways.iter().all(|way| bound_s <= way.priced.iteration_s * (1.0 + 1e-9)));
+        moved += u32::from(!hit.is_empty());
+    }
+    assert!(moved > 10, "{moved}");
 }
 
 /// What every device holds: layer → (degree, which part of the layer).

@@ -152,11 +152,24 @@ fn a_lost_node_is_planned_around() {
     let child: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(child["plan"]["parent"].is_string());
     assert!(!child["replanned"]["ways"].as_array().unwrap().is_empty());
+    let number = |key: &str| child[key].as_f64().unwrap_or_else(|| panic!("{key}: {}", child[key]));
+    let step = number("iteration_seconds");
+    assert!(number("upper_bound") >= 1.0 / step && number("gap") < 1.0);
+    let interval: [f64; 2] = serde_json::from_value(child["interval_seconds"].clone()).unwrap();
+    assert!(interval[0] < step && step < interval[1]);
     let error = String::from_utf8(lose("fast-2").stderr).unwrap();
     assert!(
         error.contains("`--lose` is fast-2") && error.contains("fast-0 to fast-1, slow-0 to slow-1"),
         "{error}"
     );
+    // The spare node of a plan that was made without it takes the lost one's place.
+    documents.put("cluster.toml", &CLUSTER.replace("nodes = 2", "nodes = 1"));
+    documents.json(&["-o", "small.json"]);
+    let grown = fs::read_to_string(documents.path("small.json")).unwrap();
+    documents.put("a.json", &grown.replace("\"nodes\": 1", "\"nodes\": 2"));
+    let moved: Value = serde_json::from_slice(&lose("fast-0").stdout).unwrap();
+    let ways = moved["replanned"]["ways"].as_array().unwrap();
+    assert!(ways.iter().any(|way| way["name"] == "move"), "{ways:?}");
 }
 
 #[test]
