@@ -27,7 +27,7 @@ pub use batch::check_batch;
 pub use below::{BelowSum, Part};
 pub use compare::{Compared, Comparison, UsedDevices, compare};
 pub use shortage::{Shortage, shortage};
-pub use why::{Idle, Rejected, Search, Shadow, Why, why};
+pub use why::{Idle, Rejected, Search, Shadow, TimeOver, Why, why};
 
 /// Where the costs of a problem come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

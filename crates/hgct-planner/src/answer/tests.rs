@@ -163,7 +163,8 @@ fn an_answer_reads_back_and_is_checked() {
 #[test]
 fn the_text_is_as_it_was() {
     let answer = answer();
-    let why = why(&answer, &[Some(0.0052), Some(0.0026)], Some(&mut pretend));
+    let why =
+        why(&answer, &[Some(0.0052), Some(0.0026)], Some(&mut |changed: &Instance| Ok(pretend(changed))));
     golden("answer.txt", &answer.tell(&why).to_string());
 }
 
@@ -219,7 +220,11 @@ fn idle_and_slowing_kinds_are_named() {
         row.push(row[1].clone());
     }
     // A search that finds more the fewer kinds there are.
-    let mut search = |instance: &Instance| Some(1.0 / instance.pools.len() as f64);
+    let mut search = |instance: &Instance| Ok(Some(1.0 / instance.pools.len() as f64));
+    let mut ended = |_: &Instance| Err(TimeOver);
+    let without = why(&three, &[], Some(&mut ended));
+    assert_eq!((without.left_out.len(), without.shadow_prices.len(), without.rejected.len()), (8, 0, 0));
+    assert!(three.tell(&without).to_string().contains("  - without slowest\n"));
     let why = why(&three, &[Some(1.0), None, Some(0.5)], Some(&mut search));
     assert!(
         why.reasons.iter().any(|reason| reason.starts_with("slowest slows the run down")),

@@ -109,6 +109,12 @@ impl fmt::Display for Told<'_> {
             }
             table(f, &rows)?;
         }
+        if !self.why.left_out.is_empty() {
+            writeln!(f, "\nNot searched for, because the time was over")?;
+            for name in &self.why.left_out {
+                writeln!(f, "  - {name}")?;
+            }
+        }
         self.basis(f)
     }
 }

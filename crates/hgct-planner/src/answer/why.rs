@@ -56,10 +56,17 @@ pub struct Why {
     pub idle: Vec<Idle>,
     /// What more would bring.
     pub shadow_prices: Vec<Shadow>,
+    /// What was not searched for, because the time was over.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
+/// The time of a search was over before it had an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimeOver;
+
 /// Answers a changed problem with iterations a second, or `None` where nothing fits.
-pub type Search<'a> = &'a mut dyn FnMut(&Instance) -> Option<f64>;
+pub type Search<'a> = &'a mut dyn FnMut(&Instance) -> Result<Option<f64>, TimeOver>;
 
 /// Finds the reasons. `alone` are the iterations a second of each pool alone, empty where they are not
 /// known; without `search` only these and what can be read off the answer and its bound is said.
@@ -77,7 +84,7 @@ pub fn why(answer: &Answer, alone: &[Option<f64>], search: Option<Search<'_>>) -
     one_kind(answer, own, &mut why, alone);
     if let Some(search) = search {
         without_one(answer, &mut why, search);
-        why.shadow_prices = shadow_prices(answer, own, search);
+        shadow_prices(answer, own, &mut why, search);
     } else {
         let pools = answer.instance.pools.iter().zip(&answer.prediction.prices);
         let there = pools.filter(|(pool, _)| pool.nodes > 0);
@@ -118,18 +125,22 @@ fn without_one(answer: &Answer, why: &mut Why, search: Search<'_>) {
     }
     for pool in 0..num {
         let others: Vec<usize> = (0..num).filter(|other| *other != pool).collect();
-        let without = search(&only(&answer.instance, &others));
         let name = format!("without {}", answer.instance.pools[pool].kind);
-        why.rejected.push(Rejected { name, iterations_per_second: without });
+        match search(&only(&answer.instance, &others)) {
+            Ok(without) => why.rejected.push(Rejected { name, iterations_per_second: without }),
+            Err(TimeOver) => why.left_out.push(name),
+        }
     }
 }
 
-fn shadow_prices(answer: &Answer, own: f64, search: &mut dyn FnMut(&Instance) -> Option<f64>) -> Vec<Shadow> {
-    let mut shadows = Vec::new();
-    let mut add = |name: String, changed: &Instance, share: f64| {
-        // The answer itself is still possible, so nothing that is more can be worth less than nothing.
-        let gain = search(changed).map_or(0.0, |found| (found - own).max(0.0)) * share;
-        shadows.push(Shadow { name, gain, gain_part: gain / own });
+fn shadow_prices(answer: &Answer, own: f64, why: &mut Why, search: Search<'_>) {
+    let mut add = |name: String, changed: &Instance, share: f64| match search(changed) {
+        Ok(found) => {
+            // The answer itself is still possible, so nothing that is more can be worth less than nothing.
+            let gain = found.map_or(0.0, |found| (found - own).max(0.0)) * share;
+            why.shadow_prices.push(Shadow { name, gain, gain_part: gain / own });
+        }
+        Err(TimeOver) => why.left_out.push(name),
     };
     for (index, pool) in answer.instance.pools.iter().enumerate() {
         let mut changed = answer.instance.clone();
@@ -145,7 +156,6 @@ fn shadow_prices(answer: &Answer, own: f64, search: &mut dyn FnMut(&Instance) ->
     let mut changed = answer.instance.clone();
     changed.inter.iter_mut().flatten().for_each(faster);
     add(format!("{:.0} % more bandwidth between nodes", 100.0 * MORE), &changed, 1.0);
-    shadows
 }
 
 fn faster(link: &mut Link) {

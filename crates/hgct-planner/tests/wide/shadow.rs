@@ -86,7 +86,7 @@ fn what_a_node_memory_or_bandwidth_brings_is_what_a_search_with_it_finds() {
             },
             plan: None,
         };
-        let shadows = why(&answer, &[], Some(&mut |changed: &Instance| rate(changed))).shadow_prices;
+        let shadows = why(&answer, &[], Some(&mut |changed: &Instance| Ok(rate(changed)))).shadow_prices;
         assert_eq!(shadows.len(), instance.pools.len() + 2);
         for (pool, shadow) in shadows.iter().take(instance.pools.len()).enumerate() {
             let mut more = instance.clone();

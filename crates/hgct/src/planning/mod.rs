@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use hgct_core::canonical::{self, Hash};
 use hgct_core::dtype::DType;
 use hgct_core::plan::Plan;
-use hgct_planner::answer::{Answer, Expected, Why, compare, limited_by, shortage, why};
+use hgct_planner::answer::{Answer, Expected, TimeOver, Why, compare, limited_by, shortage, why};
 use hgct_planner::instance::{Instance, Layout, Priced, Schedule, check, lost_nodes, price};
 use hgct_planner::wide::{Effort, Found, Way, replan};
 use hgct_planner::words::{count, rate, seconds};
@@ -24,6 +24,7 @@ use crate::commands::PlanArgs;
 use crate::train::{AgentArgs, DeviceArgs};
 use crate::workspace::{Workspace, write_atomically};
 use problem::{Documents, Problem};
+use search::Clock;
 
 /// Arguments that only `--model` takes account of. What a call would pass over in silence is refused.
 const OF_DOCUMENTS: [&str; 10] = [
@@ -116,7 +117,7 @@ pub(crate) struct Large {
     /// Schedules that pipelines may have beside 1f1b: zero-bubble, interleaved-2, … [default: zero-bubble]
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', requires = "model", conflicts_with_all = ["tables", "profile"])]
     schedules: Vec<Schedule>,
-    /// Search for this long, and print the best plan and how far from the best possible it may be
+    /// Search for this long in all, and print the best plan and how far from the best possible it may be
     #[arg(long, value_name = "SECONDS", requires = "model", allow_negative_numbers = true)]
     time_limit: Option<f64>,
     /// Search for what was rejected and what more devices, memory and bandwidth would bring, too
@@ -171,18 +172,19 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
     };
     let free = match &args.large.mixed_tensor_parallel {
         Some(kinds) => {
-            let free = search::quick(&problem.instance);
+            let free = problem.instance.clone();
             problem.mix(kinds)?;
-            free
+            Some((kinds, free))
         }
         None => None,
     };
+    let clock = Clock::new(args.large.time_limit, args.large.explain || free.is_some())?;
     let started = Instant::now();
     // What does not fit at any rate need not be searched for.
     if let Some(shortage) = shortage(&problem.instance) {
         bail!("the model fits nowhere: {shortage}");
     }
-    let found = search::search(&problem.instance, args.large.time_limit)?;
+    let found = clock.search(&problem.instance)?;
     let search_seconds = started.elapsed().as_secs_f64();
     let alone = alone(&problem.instance, &found);
     let (best, plan) = match &problem.measured {
@@ -216,8 +218,8 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         },
         plan,
     };
-    let forced = args.large.mixed_tensor_parallel.as_ref().map(|kinds| forced(kinds, &answer, free));
-    let mut again = |changed: &Instance| search::quick(changed);
+    let forced = free.map(|(kinds, free)| forced(kinds, &answer, clock.quick(&free)));
+    let mut again = |changed: &Instance| clock.quick(changed);
     let why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
     let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };
     print(args, &answer, &why, search_seconds, forced, hint)
@@ -230,27 +232,29 @@ fn at_ends(ends: Option<&[Instance; 2]>, layout: &Layout) -> [Option<f64>; 2] {
 }
 
 /// What tensor parallelism over unlike kinds costs, as text and as data.
-fn forced(kinds: &str, answer: &Answer, free: Option<f64>) -> (String, &'static str, Value) {
+fn forced(
+    kinds: &str,
+    answer: &Answer,
+    free: Result<Option<f64>, TimeOver>,
+) -> (String, &'static str, Value) {
     let own = answer.iterations_per_s();
-    let costs = free.map(|free| 1.0 - own / free);
-    let text = match (free, costs) {
-        (Some(free), Some(costs)) => format!(
-            "Tensor parallelism over {kinds} was forced: {} iterations a second, {:.1} % less than the {} without\n",
-            rate(own),
-            100.0 * costs,
-            rate(free)
-        ),
-        _ => format!(
-            "Tensor parallelism over {kinds} was forced: {} iterations a second; without it no plan was found\n",
-            rate(own)
-        ),
+    let cost = |free: f64| 1.0 - own / free;
+    let against = match free {
+        Ok(Some(free)) => format!(", {:.1} % less than the {} without", 100.0 * cost(free), rate(free)),
+        Ok(None) => "; without it no plan was found".to_owned(),
+        Err(TimeOver) => "; what it costs was not searched for, because the time was over".to_owned(),
     };
-    let data = json!({
+    let text =
+        format!("Tensor parallelism over {kinds} was forced: {} iterations a second{against}\n", rate(own));
+    let mut data = json!({
         "kinds": kinds,
         "iterations_per_second": own,
-        "iterations_per_second_without": free,
-        "cost": costs,
+        "iterations_per_second_without": free.ok().flatten(),
+        "cost": free.ok().flatten().map(cost),
     });
+    if free.is_err() {
+        data["left_out"] = true.into();
+    }
     (text, "forced", data)
 }
 

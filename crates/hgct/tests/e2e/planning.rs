@@ -339,18 +339,23 @@ fn alike_stages_are_one_row_and_comparisons_have_names() {
 #[test]
 fn a_time_limit_is_kept_and_proves_a_gap() {
     let of = |name: &str| root().join("examples/planning").join(name);
-    let started = std::time::Instant::now();
-    let mut command = Command::new(BINARY);
-    command.args(["plan", "--json", "--time-limit", "1", "--global-batch", "1024", "--seq-len", "4096"]);
-    command.arg("--cluster").arg(of("cluster.toml")).arg("--model").arg(of("config.json"));
-    let output = command.output().unwrap();
-    let taken = started.elapsed();
-    if output.status.code() == Some(2) {
-        // A build without optimisation may find nothing in time, and says so.
-        assert!(String::from_utf8_lossy(&output.stderr).contains("larger --time-limit"));
-    } else {
-        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert!(answer["gap"].as_f64().unwrap() < 1.0 && answer["upper_bound"].is_number());
+    for more in [&[][..], &["--explain"]] {
+        let started = std::time::Instant::now();
+        let mut command = Command::new(BINARY);
+        command.args(["plan", "--json", "--time-limit", "1", "--global-batch", "1024", "--seq-len", "4096"]);
+        command.args(more).arg("--cluster").arg(of("cluster.toml")).arg("--model").arg(of("config.json"));
+        let output = command.output().unwrap();
+        let taken = started.elapsed();
+        if output.status.code() == Some(2) {
+            // A build without optimisation may find nothing in time, and says so.
+            assert!(String::from_utf8_lossy(&output.stderr).contains("larger --time-limit"));
+        } else {
+            let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert!(answer["gap"].as_f64().unwrap() < 1.0 && answer["upper_bound"].is_number());
+            // Found, or named among what was not searched for.
+            let of = |key: &str| answer["why"][key].as_array().map_or(0, Vec::len);
+            assert!(more.is_empty() || of("rejected") + of("shadow_prices") + of("left_out") >= 10);
+        }
+        assert!(taken < std::time::Duration::from_secs(8), "{more:?}: {taken:?}");
     }
-    assert!(taken < std::time::Duration::from_secs(8), "{taken:?}");
 }
