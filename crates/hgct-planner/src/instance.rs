@@ -399,6 +399,12 @@ impl Layout {
         self.templates.iter().map(|t| u64::from(t.count)).sum()
     }
 
+    /// Forwards and backwards of a step.
+    pub(crate) fn computations(&self) -> u64 {
+        let of = |t: &Template| 2 * u64::from(t.num_micro_batches) * t.stages.len() as u64;
+        self.templates.iter().map(|t| u64::from(t.count) * of(t)).sum()
+    }
+
     /// Devices used of each pool.
     pub fn devices_used(&self, num_pools: usize) -> Vec<u64> {
         let mut used = vec![0; num_pools];

@@ -28,6 +28,7 @@ mod meter;
 mod moves;
 mod program;
 mod replan;
+mod replay;
 mod search;
 mod settle;
 mod table;
@@ -38,6 +39,7 @@ pub use meter::Effort;
 pub(crate) use meter::Meter;
 pub(crate) use program::gcd;
 pub use replan::{Replan, Way, replan};
+pub use replay::{Replayed, replay};
 
 use exact::Exact;
 use search::{Search, Start};
@@ -61,6 +63,8 @@ pub struct Found {
     pub limited_by: String,
     /// The best of other ways, with the seconds of their steps.
     pub alternatives: Vec<Alternative>,
+    /// Layouts with other numbers of pipelines that are priced nearly as well, the best first.
+    pub near: Vec<(Layout, Priced)>,
     /// Nodes spent.
     pub nodes: u64,
     /// Whether the search came to its end within its effort.
@@ -84,6 +88,9 @@ const EXACT_PART: u64 = 50;
 /// Devices up to which it comes to its end nearly always, and the nodes that it may take for that.
 const FEW_DEVICES: u64 = 8;
 const FEW_NODES: u64 = 60_000_000;
+
+/// Seconds of a layout that is near the best one, as a part of its seconds.
+const NEAR: f64 = 1.01;
 
 /// Nodes that the proof of a gap may take.
 const PROOF_NODES: u64 = 300_000_000;
@@ -110,7 +117,8 @@ pub fn find_and_prove(
     }
     let mut bound = Bound::new(instance);
     let first = bound.clone();
-    let mut finder = Finder { instance, bound: &first, meter: Meter::new(effort), best: None };
+    let mut finder =
+        Finder { instance, bound: &first, meter: Meter::new(effort), best: None, near: Vec::new() };
     if let Some(parent) = parent.filter(|parent| check(instance, parent).is_empty()) {
         finder.best = Some((parent.clone(), price(instance, parent)));
     }
@@ -121,6 +129,7 @@ pub fn find_and_prove(
         finished = finder.everything(&mut alternatives, &mut proven).is_some();
     }
     let best = finder.best.take();
+    let near = finder.near(best.as_ref());
     let mut nodes = finder.meter.spent();
     if let (false, Some((_, priced))) = (proven, &best) {
         // Not of the search's effort: what was found is worth little without its gap.
@@ -140,6 +149,7 @@ pub fn find_and_prove(
         best,
         bound,
         alternatives,
+        near,
         nodes,
         finished,
     })
@@ -150,9 +160,25 @@ struct Finder<'a, 'm> {
     bound: &'a Bound,
     meter: Meter<'m>,
     best: Option<(Layout, Priced)>,
+    near: Vec<(Layout, Priced)>,
 }
 
 impl Finder<'_, '_> {
+    /// Layouts with other numbers of pipelines than the best, priced nearly as well.
+    fn near(&mut self, best: Option<&(Layout, Priced)>) -> Vec<(Layout, Priced)> {
+        let Some((best, priced)) = best else { return Vec::new() };
+        let mut near = std::mem::take(&mut self.near);
+        near.sort_by(|a, b| a.1.iteration_s.total_cmp(&b.1.iteration_s));
+        let mut seen = vec![best.num_pipelines()];
+        near.retain(|(layout, of)| {
+            let num = layout.num_pipelines();
+            let is_new = of.iteration_s < priced.iteration_s * NEAR && !seen.contains(&num);
+            seen.extend(is_new.then_some(num));
+            is_new
+        });
+        near
+    }
+
     fn everything(&mut self, alternatives: &mut Vec<Alternative>, proven: &mut bool) -> Option<()> {
         let all: Vec<usize> = (0..self.instance.pools.len()).collect();
         if all.len() > 1 {
@@ -232,6 +258,7 @@ impl Finder<'_, '_> {
                 let mut search = Search::new(table, &start, &mut self.meter);
                 let done = search.run();
                 let found = search.best.is_some();
+                self.near.extend(search.near.into_iter().map(|of| (of.layout, of.priced)));
                 if let Some(found) = search.best
                     && known.is_none_or(|known| found.seconds() < known)
                 {

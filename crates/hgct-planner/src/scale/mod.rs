@@ -71,11 +71,7 @@ pub fn simulate_placed(
     if let Some(fault) = fault.or_else(|| check_groups(instance, layout, groups?)) {
         return Err(Error::Layout { fault: fault.to_string() });
     }
-    let computations: u64 = layout
-        .templates
-        .iter()
-        .map(|t| u64::from(t.count) * u64::from(t.num_micro_batches) * 2 * t.stages.len() as u64)
-        .sum();
+    let computations = layout.computations();
     if computations > MOST {
         return Err(Error::Layout {
             fault: format!("{computations} computations are more than the {MOST} that are simulated"),

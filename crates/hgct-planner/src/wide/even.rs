@@ -251,7 +251,10 @@ fn rough(table: &Table<'_>, even: &Even<'_>, kinds: &[Kind], mix: &Mix) -> (f64,
         let middle = f64::midpoint(low, high);
         if covered(middle) >= layers { high = middle } else { low = middle }
     }
-    let fill: f64 = there.iter().map(|(num, speed, kind)| num * whole(high * speed) * kind.fill).sum();
+    let fill_of = |(_, speed, kind): &(f64, f64, &Kind)| whole(high * speed) * kind.fill;
+    let all: f64 = there.iter().map(|of| of.0 * fill_of(of)).sum();
+    // About that of the slowest, which its pace pays for.
+    let fill = all - there.iter().map(fill_of).fold(0.0, f64::max);
     let exchange =
         there.iter().map(|(_, speed, kind)| whole(high * speed) * kind.exchange).fold(0.0, f64::max);
     // What covers more than it must is shortened.

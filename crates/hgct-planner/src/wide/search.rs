@@ -5,17 +5,19 @@
 //! prices ([`super::generate`]), lets a linear programme choose how many of each and gives its prices
 //! back (column generation), estimates the step, and makes whole numbers of the most promising ones.
 
+use std::collections::BTreeSet;
+
 use crate::instance::{Schedule, check, price};
 
 mod apart;
 
-use super::Meter;
 use super::even::Even;
 use super::form::Form;
 use super::generate::{Generator, Wish};
 use super::program::{Column, Relaxed, relaxed, whole};
 use super::settle::{Crew, Settled, least_seconds, polish, settle};
 use super::table::Table;
+use super::{Meter, NEAR};
 
 /// Which part of the space one run looks at, and what is known before.
 #[derive(Debug, Clone)]
@@ -53,11 +55,21 @@ pub(crate) struct Search<'a, 't, 'm> {
     generator: Generator,
     forms: Vec<Form>,
     pub(crate) best: Option<Settled>,
+    /// The best of each number of pipelines that is near the best of all.
+    pub(crate) near: Vec<Settled>,
 }
 
 impl<'a, 't, 'm> Search<'a, 't, 'm> {
     pub(crate) fn new(table: &'t Table<'a>, start: &'t Start<'t>, meter: &'t mut Meter<'m>) -> Self {
-        Self { table, start, meter, generator: Generator::default(), forms: Vec::new(), best: None }
+        Self {
+            table,
+            start,
+            meter,
+            generator: Generator::default(),
+            forms: Vec::new(),
+            best: None,
+            near: Vec::new(),
+        }
     }
 
     /// Runs until done (`Some`) or out of nodes.
@@ -161,17 +173,14 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     fn evenly(&mut self) -> Option<()> {
         let batch = f64::from(self.table.instance.global_batch);
         let shards = self.table.shards.get();
-        let most: u64 = self.start.limits.iter().copied().max().unwrap_or(0);
         for size in 0..self.table.micro_batches.len() {
             let samples = f64::from(self.table.micro_batches[size]);
             for schedule in self.start.schedules {
-                let mut num = 1u64;
-                while num <= most && num as f64 * samples <= batch {
+                for num in counts(&self.start.limits, batch / samples) {
                     let share = |limit: &u64| (limit / num) as u32;
                     let devices: Vec<u32> = self.start.limits.iter().map(share).collect();
                     let micro_batches = batch / samples / num as f64;
                     self.of_these(&devices, size, *schedule, micro_batches, num)?;
-                    num += 1 + num / 12;
                 }
             }
         }
@@ -444,16 +453,44 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         Some(())
     }
 
-    /// Settles pipelines and keeps them if they are the best.
+    /// Settles pipelines and keeps them if they are the best, or near it.
     fn offer(&mut self, crew: &Crew) {
         let Some(found) = settle(self.table, crew) else { return };
-        let better = self.best.as_ref().is_none_or(|best| found.seconds() < best.seconds());
-        if better && check(self.table.instance, &found.layout).is_empty() {
+        let seconds = found.seconds();
+        if seconds >= self.known() * NEAR {
+            return;
+        }
+        let num = found.layout.num_pipelines();
+        let alike = self.near.iter().position(|known| known.layout.num_pipelines() == num);
+        if alike.is_some_and(|at| self.near[at].seconds() <= seconds)
+            || !check(self.table.instance, &found.layout).is_empty()
+        {
+            return;
+        }
+        if let Some(at) = alike {
+            self.near.swap_remove(at);
+        }
+        self.near.push(found.clone());
+        if self.best.as_ref().is_none_or(|best| seconds < best.seconds()) {
             self.best = Some(found);
         }
     }
 }
 
+/// Numbers of alike pipelines that are tried: up to a micro-batch each, ever farther apart, and those of
+/// one, two, three or so devices of a pool.
+fn counts(limits: &[u64], micro_batches: f64) -> BTreeSet<u64> {
+    let most = limits.iter().copied().max().unwrap_or(0);
+    let mut counts: BTreeSet<u64> = std::iter::successors(Some(1u64), |num| Some(num + 1 + num / 12))
+        .take_while(|num| *num <= most)
+        .collect();
+    counts.extend(limits.iter().flat_map(|limit| FEW_DEVICES.map(|devices| limit / devices)));
+    counts.retain(|num| *num > 0 && *num as f64 <= micro_batches);
+    counts
+}
+
+/// Devices of a pool in each of as many pipelines as there can be with them.
+const FEW_DEVICES: [u64; 6] = [1, 2, 3, 4, 6, 8];
 /// Stages that are tried at most where exchanges are hierarchical: some tenths of a second.
 const HIDDEN_WORK: u64 = 2_000_000;
 /// Ways to place a stage beyond which only alike pipelines are made.
@@ -462,3 +499,16 @@ const MANY_ENDS: usize = 8;
 const MANY_LAYERS: usize = 40;
 /// Stages of a pipeline at most; more has never been of use.
 const MOST_STAGES: usize = 48;
+
+#[cfg(test)]
+mod tests {
+    use super::counts;
+
+    #[test]
+    fn pipelines_are_counted_by_what_each_has_of_a_pool() {
+        let all = counts(&[128, 20], 256.0);
+        assert!([1, 2, 11, 16, 20, 32, 42, 64, 128].iter().all(|num| all.contains(num)), "{all:?}");
+        assert!(counts(&[128, 20], 30.0).iter().all(|num| (1..=30).contains(num)));
+        assert!(counts(&[], 256.0).is_empty());
+    }
+}

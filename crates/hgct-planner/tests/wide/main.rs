@@ -9,4 +9,5 @@ mod overlap;
 mod pricer;
 mod properties;
 mod replanning;
+mod replay;
 mod shadow;

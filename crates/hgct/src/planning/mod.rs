@@ -15,7 +15,7 @@ use hgct_core::dtype::DType;
 use hgct_core::plan::Plan;
 use hgct_planner::answer::{Answer, Expected, TimeOver, Why, compare, limited_by, shortage, why};
 use hgct_planner::instance::{Instance, Layout, Priced, Schedule, check, lost_nodes, price};
-use hgct_planner::wide::{Effort, Found, Way, replan};
+use hgct_planner::wide::{Effort, Found, Replayed, Way, replan, replay};
 use hgct_planner::words::{count, rate, seconds};
 use hgct_planner::{Planned, executable};
 use serde_json::{Value, json};
@@ -184,7 +184,9 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
     if let Some(shortage) = shortage(&problem.instance) {
         bail!("the model fits nowhere: {shortage}");
     }
-    let found = clock.search(&problem.instance)?;
+    let mut found = clock.search(&problem.instance)?;
+    let may_replay = found.finished && problem.measured.is_none();
+    let replayed = may_replay.then(|| replay(&problem.instance, &mut found)).flatten();
     let search_seconds = started.elapsed().as_secs_f64();
     let alone = alone(&problem.instance, &found);
     let (best, plan) = match &problem.measured {
@@ -220,7 +222,8 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
     };
     let forced = free.map(|(kinds, free)| forced(kinds, &answer, clock.quick(&free)));
     let mut again = |changed: &Instance| clock.quick(changed);
-    let why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
+    let mut why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
+    why.reasons.extend(replayed.as_ref().and_then(Replayed::reason));
     let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };
     print(args, &answer, &why, search_seconds, forced, hint)
 }

@@ -7,7 +7,7 @@
 use super::super::even::{Even, make};
 use super::super::form::Form;
 use super::super::settle::{Crew, settle};
-use super::Search;
+use super::{Search, counts};
 
 /// What each pool does; `None`: it is left out.
 type Chosen = Vec<Option<usize>>;
@@ -103,8 +103,7 @@ impl Search<'_, '_, '_> {
         for size in 0..table.micro_batches.len() {
             let samples = f64::from(table.micro_batches[size]);
             for schedule in self.start.schedules {
-                let mut num = 1u64;
-                while num <= limit && num as f64 * samples <= batch {
+                for num in counts(&[limit], batch / samples) {
                     let mut devices = vec![0; self.start.limits.len()];
                     devices[pool] = (limit / num) as u32;
                     let even = Even {
@@ -124,7 +123,6 @@ impl Search<'_, '_, '_> {
                             form,
                         });
                     }
-                    num += 1 + num / 12;
                 }
             }
         }
