@@ -41,7 +41,7 @@ impl Default for ExportOptions {
 }
 
 /// What was exported.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exported {
     /// The folder.
     pub path: String,

@@ -37,6 +37,7 @@ pub struct Summary {
     /// What there is of the model.
     pub roles: Vec<RoleSummary>,
     /// The files.
+    #[serde(rename = "rows")]
     pub shards: Vec<ShardSummary>,
 }
 

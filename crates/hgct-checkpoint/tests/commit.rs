@@ -198,7 +198,7 @@ fn the_summary_counts_what_is_there() {
     assert_eq!(role.size_bytes, 4 * model().num_parameters());
     let text = summary.to_string();
     assert!(text.contains("step        10 (10 updates)") && text.contains("shard-r1.safetensors"), "{text}");
-    assert_eq!(serde_json::to_value(&summary).unwrap()["shards"][0]["file"], "shard-r0.safetensors");
+    assert_eq!(serde_json::to_value(&summary).unwrap()["rows"][0]["file"], "shard-r0.safetensors");
 }
 
 #[test]

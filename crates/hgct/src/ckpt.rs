@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
-use hgct_checkpoint::{Checkpoint, Checkpoints, ExportOptions, ExportTokenizer, export_hf};
+use hgct_checkpoint::{Checkpoint, Checkpoints, ExportOptions, ExportTokenizer, Exported, export_hf};
 use hgct_core::canonical;
 use hgct_data::blocks::sha256_file;
 use hgct_data::tokenizer::Tokenizer;
+use serde_json::{Value, json};
 
 use crate::output::print;
 use crate::workspace::Workspace;
@@ -83,7 +84,7 @@ pub(crate) fn run(workspace: &Workspace, args: &CkptArgs) -> Result<u8> {
             };
             let exported = export_hf(&checkpoint, tokenizer.as_ref(), output, &ExportOptions::default())?;
             if *json {
-                print(&canonical::encode(&exported))?;
+                print(&canonical::encode(&document(&exported)))?;
             } else {
                 print(&format!(
                     "{}: {} ({} bytes of tensors)\n",
@@ -95,6 +96,12 @@ pub(crate) fn run(workspace: &Workspace, args: &CkptArgs) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// What was exported, a row a file.
+fn document(exported: &Exported) -> Value {
+    let rows: Vec<Value> = exported.files.iter().map(|file| json!({ "file": file })).collect();
+    json!({ "path": exported.path, "rows": rows, "size_bytes": exported.size_bytes })
 }
 
 /// The checkpoint that a person names; the newest that verifies where the name is a run's.
@@ -145,4 +152,16 @@ fn kept_tokenizer(workspace: &Workspace, checkpoint: &Checkpoint) -> Result<Opti
         wanted.short()
     );
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_export_has_a_row_a_file() {
+        let files = vec!["config.json".into(), "model.safetensors".into()];
+        let printed = document(&Exported { path: "out".into(), files, size_bytes: 8 });
+        assert_eq!(printed["rows"][1]["file"], "model.safetensors");
+    }
 }

@@ -120,7 +120,7 @@ fn document(
     let set = |set: &Summary| {
         json!({
             "set": set.set,
-            "rows": set.rows,
+            "plans": set.rows,
             "mean_absolute_error": set.mean_error,
             "mean_error": set.bias,
             "published_mean_absolute_error": set.published_mean_error,

@@ -96,6 +96,7 @@ fn validate_prints_predicted_beside_measured() {
             assert!(row[key].is_number(), "{key} of {row}");
         }
     }
+    assert!(printed["sets"][0]["plans"].is_u64(), "{printed}");
     assert_eq!(rows[0]["id"], "a/b");
     assert!(rows[0]["predicted_peak_bytes"].as_u64().unwrap() > 3_500_000_000);
     assert_eq!(rows[0]["measured_peak_bytes"], 4_000_000_000u64);

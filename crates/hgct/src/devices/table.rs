@@ -21,7 +21,7 @@ use crate::{grants, vendors};
     hgct devices --output cluster.toml\n\nExit codes: 0 when there is a \
     device, 1 when there is none, 2 for a bad call, vendor file or table of environments.")]
 pub(crate) struct Args {
-    /// Print one JSON object: `devices` and `unusable`
+    /// Print one JSON object: devices as `rows`, and `unusable`
     #[arg(long)]
     json: bool,
     /// Write a cluster document of these devices and their grants, for --cluster, to this file too
@@ -83,7 +83,7 @@ struct Document<'a> {
     node: &'a NodeId,
     cores: u32,
     memory_bytes: u64,
-    devices: Vec<Row<'a>>,
+    rows: Vec<Row<'a>>,
     unusable: &'a [hgct_control::message::UnusableDevice],
 }
 
@@ -97,7 +97,7 @@ pub(super) fn json(discovery: &Discovery) -> String {
         node: &discovery.node.name,
         cores: discovery.node.cores,
         memory_bytes: discovery.node.memory_bytes,
-        devices: rows.collect(),
+        rows: rows.collect(),
         unusable: &discovery.unusable,
     })
 }

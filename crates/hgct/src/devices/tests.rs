@@ -198,6 +198,9 @@ fn a_runtime_that_misbehaves_is_a_line() {
     assert_eq!(reason("aside"), "no disk");
     let text = table::text(&found);
     assert!(text.contains("n/good:0") && text.contains("not usable:"), "{text}");
+    let printed: serde_json::Value = serde_json::from_str(&table::json(&found)).unwrap();
+    let ids: Vec<_> = printed["rows"].as_array().unwrap().iter().map(|row| &row["id"]).collect();
+    assert!(ids.iter().any(|id| **id == "n/good:0") && printed["unusable"].is_array(), "{printed}");
 }
 
 #[test]

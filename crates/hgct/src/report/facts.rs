@@ -28,6 +28,7 @@ pub(crate) struct Report {
     /// The step that `shares` are of.
     pub(crate) shares_step: Option<u64>,
     /// A row a rank.
+    #[serde(rename = "rows")]
     pub(crate) devices: Vec<Device>,
 }
 

@@ -257,6 +257,8 @@ fn figures_follow_from_the_documents() {
     assert_eq!(report.steps.predicted_seconds, Some(0.362), "quoted, not computed");
     assert_eq!((report.steps.trained, report.steps.skipped, report.steps.steady), (120, 1, 109));
     assert_eq!(report.losses.below_bigram, Some(true));
+    let printed: serde_json::Value = serde_json::from_str(&canonical::encode(&report)).unwrap();
+    assert_eq!(printed["rows"][1]["device"], DEVICES[1].0);
     let shares: f64 = report.devices.iter().map(|device| device.flops_share).sum();
     assert!((shares - 1.0).abs() < 1e-12, "{shares}");
     let together: f64 = report.devices.iter().map(|device| device.tokens_per_second_together.unwrap()).sum();
