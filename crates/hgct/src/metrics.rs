@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use hgct_control::message::StepReport;
+use hgct_core::canonical::Hash;
 use hgct_core::ids::DeviceId;
 use hgct_core::plan::Plan;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -16,6 +17,13 @@ use serde::{Deserialize, Deserializer, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub(crate) enum Row {
+    /// Training begins, or goes on.
+    Begin {
+        /// Steps trained so far; what an earlier life of the run did beyond them is given up.
+        step: u64,
+        /// Hash of the plan.
+        plan: Hash,
+    },
     /// A step is done on all ranks.
     Step(StepRow),
     /// The held-out split was evaluated.
@@ -158,7 +166,7 @@ impl Writer {
     }
 }
 
-/// All rows of a run, those of a resumed step in place of the ones before.
+/// All rows of a run but for what was given up: each step as it was done last.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Metrics {
     /// Steps, ascending.
@@ -169,6 +177,8 @@ pub(crate) struct Metrics {
     pub(crate) checkpoints: Vec<CheckpointRow>,
     /// Events, as they came.
     pub(crate) events: Vec<String>,
+    /// The plan from a step on.
+    plans: BTreeMap<u64, Hash>,
 }
 
 impl Metrics {
@@ -179,9 +189,9 @@ impl Metrics {
     }
 
     fn parse(bytes: &[u8], file: &str) -> Result<Self> {
-        // A resumed run trains some steps again: the newer row counts.
         let (mut steps, mut evaluations, mut checkpoints) =
             (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut plans = BTreeMap::new();
         let mut events = Vec::new();
         let lines: Vec<&[u8]> = bytes.split_inclusive(|byte| *byte == b'\n').collect();
         for (index, line) in lines.iter().enumerate() {
@@ -190,6 +200,14 @@ impl Metrics {
             }
             let row = serde_json::from_slice(line).with_context(|| format!("{file}, line {}", index + 1))?;
             match row {
+                Row::Begin { step, plan } => {
+                    // A row of a step stands before it is done, all others behind it.
+                    steps.retain(|at, _| *at < step);
+                    evaluations.retain(|at, _| *at <= step);
+                    checkpoints.retain(|at, _| *at <= step);
+                    plans.retain(|at, _| *at < step);
+                    plans.insert(step, plan);
+                }
                 Row::Step(row) => drop(steps.insert(row.step, row)),
                 Row::Evaluation(row) => drop(evaluations.insert(row.step, row)),
                 Row::Checkpoint(row) => drop(checkpoints.insert(row.step, row)),
@@ -201,7 +219,14 @@ impl Metrics {
             evaluations: evaluations.into_values().collect(),
             checkpoints: checkpoints.into_values().collect(),
             events,
+            plans,
         })
+    }
+
+    /// The steps that were done under a plan; one whose plan is not told may have been.
+    pub(crate) fn steps_under(&self, plan: &Hash) -> Vec<&StepRow> {
+        let is_under = |step: u64| self.plans.range(..=step).next_back().is_none_or(|(_, of)| of == plan);
+        self.steps.iter().filter(|row| is_under(row.step)).collect()
     }
 }
 
@@ -255,6 +280,7 @@ mod tests {
 
     fn rows() -> Vec<Row> {
         vec![
+            Row::Begin { step: 0, plan: Hash::of_bytes(b"plan") },
             Row::Step(step(0, 7.5)),
             Row::Evaluation(EvaluationRow { step: 1, loss: 7.25, tokens: 100 }),
             Row::Checkpoint(CheckpointRow { step: 1, bytes: 10, seconds: 0.5 }),
@@ -274,7 +300,35 @@ mod tests {
         let metrics = Metrics::read(&path).unwrap();
         assert_eq!(metrics.steps, [step(0, 7.125)]);
         assert_eq!(metrics.evaluations.len() + metrics.checkpoints.len() + metrics.events.len(), 3);
-        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 5);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 6);
+    }
+
+    #[test]
+    fn what_a_resumed_run_gives_up_does_not_count() {
+        let [first, second] = [&b"first"[..], b"second"].map(Hash::of_bytes);
+        let life = |from: u64, to: u64, plan: &Hash| {
+            let mut rows = vec![Row::Begin { step: from, plan: plan.clone() }];
+            for at in from..to {
+                rows.push(Row::Step(step(at, 7.5)));
+                rows.push(Row::Evaluation(EvaluationRow { step: at + 1, loss: 7.25, tokens: 100 }));
+                rows.push(Row::Checkpoint(CheckpointRow { step: at + 1, bytes: 10, seconds: 0.5 }));
+            }
+            rows
+        };
+        let read = |lives: &[Vec<Row>]| {
+            let line = |row: &Row| serde_json::to_string(row).unwrap() + "\n";
+            Metrics::parse(lives.iter().flatten().map(line).collect::<String>().as_bytes(), "m").unwrap()
+        };
+        let under = |metrics: &Metrics, plan: &Hash| -> Vec<u64> {
+            metrics.steps_under(plan).iter().map(|row| row.step).collect()
+        };
+        // Nine steps, and from the sixth on again under another plan, to the seventh.
+        let metrics = read(&[life(0, 9, &first), life(5, 7, &second)]);
+        let counts = (metrics.steps.len(), metrics.evaluations.len(), metrics.checkpoints.len());
+        assert_eq!(counts, (7, 7, 7));
+        assert_eq!((under(&metrics, &first), under(&metrics, &second)), (vec![0, 1, 2, 3, 4], vec![5, 6]));
+        // A life that ends before its first step has given up what lies ahead of it.
+        assert_eq!(read(&[life(0, 9, &first), life(5, 5, &second)]).steps.len(), 5);
     }
 
     #[test]
@@ -303,7 +357,7 @@ mod tests {
             let path = folder.path().join("metrics.jsonl");
             std::fs::write(&path, &text[..cut]).unwrap();
             let whole = text[..cut].matches('\n').count();
-            let count = |m: &Metrics| m.steps.len() + m.evaluations.len() + m.checkpoints.len() + m.events.len();
+            let count = |m: &Metrics| m.steps.len() + m.evaluations.len() + m.checkpoints.len() + m.events.len() + m.plans.len();
             prop_assert_eq!(count(&Metrics::read(&path).unwrap()), whole);
             Writer::open(&path).unwrap().write(&Row::Event { text: "again".into() }).unwrap();
             prop_assert_eq!(count(&Metrics::read(&path).unwrap()), whole + 1);

@@ -1,5 +1,6 @@
 //! The figures of a report, from its documents.
 
+use hgct_core::canonical::Hash;
 use hgct_core::cluster::{Grant, Isolation};
 use hgct_core::ids::{DeviceId, Kind, Rank, RunId};
 use hgct_core::plan::{Plan, PlanRank};
@@ -52,11 +53,11 @@ pub(crate) struct Losses {
 /// Time of a step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Steps {
-    /// Steps with a row.
+    /// Steps that count, each as it was done last.
     pub(crate) trained: u64,
     /// Steps that all ranks skipped.
     pub(crate) skipped: u64,
-    /// Steps that the measured figures are of: all but the first ones and skipped ones.
+    /// Steps that the measured figures are of: all under this plan but the first and skipped ones.
     pub(crate) steady: u64,
     /// Their median.
     pub(crate) measured_seconds: Option<f64>,
@@ -119,11 +120,15 @@ pub(crate) struct Device {
 
 impl Report {
     pub(super) fn of(inputs: &Inputs) -> Self {
-        let steady = steady_steps(&inputs.metrics.steps);
+        // A resumed run may have had other plans, whose times say nothing of this one.
+        let under_plan = inputs.metrics.steps_under(&Hash::of(&inputs.plan));
+        let steady = steady_steps(&under_plan);
         let steps = Steps::of(inputs, &steady);
         let window = inputs.measured.as_ref().and_then(steady_step);
         let devices: Vec<Device> = (0..inputs.plan.ranks.len())
-            .map(|rank| Device::of(inputs, Rank(rank as u32), &steady, steps.measured_seconds, window))
+            .map(|rank| {
+                Device::of(inputs, Rank(rank as u32), &under_plan, &steady, steps.measured_seconds, window)
+            })
             .collect();
         let alone = devices.iter().map(|device| device.tokens_per_second_alone).sum::<Option<f64>>();
         let efficiency = steps.tokens_per_second.zip(alone.filter(|alone| *alone > 0.0)).map(|(t, a)| t / a);
@@ -198,11 +203,12 @@ impl Device {
     fn of(
         inputs: &Inputs,
         rank: Rank,
+        under_plan: &[&StepRow],
         steady: &[&StepRow],
         step_seconds: Option<f64>,
         window: Option<(u64, u64, u64)>,
     ) -> Self {
-        let Inputs { plan, summary, metrics, .. } = inputs;
+        let Inputs { plan, summary, .. } = inputs;
         let of_plan = &plan.ranks[rank.index()];
         let device = &of_plan.device;
         let of_summary = summary.devices.iter().find(|row| row.device == *device);
@@ -210,7 +216,7 @@ impl Device {
         let prediction = plan.prediction.as_ref().and_then(|p| p.ranks.get(rank.index()));
         let rows = |row: &StepRow| row.devices.iter().find(|row| row.device == *device).cloned();
         let busy: Vec<f64> = steady.iter().filter_map(|row| Some(rows(row)?.busy_share)).collect();
-        let seen = metrics.steps.iter().filter_map(|row| Some(rows(row)?.memory_bytes)).max();
+        let seen = under_plan.iter().filter_map(|row| Some(rows(row)?.memory_bytes)).max();
         let share = flops_share(plan, rank);
         let tokens = f64::from(plan.global_batch) * f64::from(plan.seq_len);
         let (layers, micro_batches) = work_in_words(plan, rank);
@@ -330,8 +336,8 @@ fn layers_in_words(plan: &Plan, first: u32, end: u32) -> String {
 
 /// Steps whose time counts: not skipped, and without the first tenth (at least two, at most ten),
 /// in which caches fill.
-fn steady_steps(steps: &[StepRow]) -> Vec<&StepRow> {
-    let kept: Vec<&StepRow> = steps.iter().filter(|row| !row.skipped).collect();
+fn steady_steps<'a>(steps: &[&'a StepRow]) -> Vec<&'a StepRow> {
+    let kept: Vec<&StepRow> = steps.iter().copied().filter(|row| !row.skipped).collect();
     let first = if kept.len() < 6 { 0 } else { (kept.len() / 10).clamp(2, 10) };
     kept[first..].to_vec()
 }

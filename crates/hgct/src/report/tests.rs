@@ -274,6 +274,31 @@ fn figures_follow_from_the_documents() {
 }
 
 #[test]
+fn a_resumed_run_tells_the_times_of_its_last_plan_and_counts_each_step_once() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = folder(parent.path());
+    std::fs::remove_file(folder.join("metrics.jsonl")).unwrap();
+    let mut writer = Writer::open(&folder.join("metrics.jsonl")).unwrap();
+    writer.write(&Row::Begin { step: 0, plan: Hash::of_bytes(b"another") }).unwrap();
+    for number in 0..120 {
+        let mut slow = step(number);
+        slow.step_seconds *= 9.0;
+        for device in &mut slow.devices {
+            device.memory_bytes *= 9;
+        }
+        writer.write(&Row::Step(slow)).unwrap();
+    }
+    writer.write(&Row::Begin { step: 60, plan: Hash::of(&plan()) }).unwrap();
+    for number in 60..100 {
+        writer.write(&Row::Step(step(number))).unwrap();
+    }
+    let report = write(&folder).unwrap().report;
+    assert_eq!((report.steps.trained, report.steps.steady), (100, 36));
+    assert!(report.steps.measured_high_seconds.unwrap() < 0.4);
+    assert_eq!(report.devices[0].memory_bytes, Some(400 << 20));
+}
+
+#[test]
 fn mfu_is_there_where_the_catalogue_knows_every_device() {
     let parent = tempfile::tempdir().unwrap();
     let folder = folder(parent.path());

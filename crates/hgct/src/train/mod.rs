@@ -264,7 +264,7 @@ impl Driver<'_> {
             Chosen { plan, explanation: Some(explanation), timeline: Some(timeline) }
         };
         // Written before the first step and never touched again.
-        write_document(&self.folder.join("plan.json"), &chosen.plan)?;
+        resume::write_plan(&self.folder, &chosen.plan)?;
         if let Some(timeline) = &chosen.timeline {
             write_document(&self.folder.join("predicted_timeline.json"), timeline)?;
         }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use hgct_control::coordinator::ClockOffset;
 use hgct_control::message::StepReport;
+use hgct_core::canonical::Hash;
 use hgct_core::ids::{DeviceId, Rank, RunId};
 use hgct_core::plan::Plan;
 use hgct_core::timeline::{ActionSpan, RankTimeline, Timeline, TimelineSource, TransferSpan};
@@ -90,6 +91,8 @@ impl Observer {
     pub(super) fn watch(&mut self, resumed: Option<u64>, end_step: u64) -> Result<()> {
         let progress = Progress::new(self.summary.run.as_str(), end_step, resumed.unwrap_or(0));
         self.display = Some(Display::stderr(progress));
+        let plan = Hash::of(&self.plan);
+        self.metrics.write(&Row::Begin { step: resumed.unwrap_or(0), plan })?;
         resumed.map_or(Ok(()), |step| self.event(&format!("resumed after step {step}")))
     }
 

@@ -1,11 +1,13 @@
 //! A run that goes on: its newest checkpoint that verifies, and who gets which part of it.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use hgct_checkpoint::{Checkpoint, Checkpoints};
 use hgct_control::coordinator::Command;
-use hgct_core::canonical::Hash;
+use hgct_core::canonical::{self, Hash};
 use hgct_core::ids::RunId;
 use hgct_core::plan::Plan;
 use hgct_core::slice::{Role, Slice};
@@ -14,6 +16,7 @@ use super::text::Text;
 use crate::ckpt::newest_verified;
 use crate::job::LoadedJob;
 use crate::session::Session;
+use crate::workspace::write_atomically;
 
 /// A run to continue.
 pub(super) struct Resume {
@@ -89,6 +92,23 @@ impl Resume {
     }
 }
 
+/// Writes a run's plan. What an earlier plan of the run left must not be told as this one's.
+pub(super) fn write_plan(folder: &Path, plan: &Plan) -> Result<()> {
+    let path = folder.join("plan.json");
+    let text = canonical::encode(plan);
+    if fs::read_to_string(&path).is_ok_and(|kept| kept != text) {
+        for name in ["timeline.json", "predicted_timeline.json", "explanation.json"] {
+            match fs::remove_file(folder.join(name)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {name} of the earlier plan"));
+                }
+                _ => {}
+            }
+        }
+    }
+    write_atomically(&path, text.as_bytes(), 0o644)
+}
+
 /// Why a run after `step` has nothing to train, if it has not.
 fn nothing_left(step: u64, steps: u64, until: Option<u64>) -> Option<String> {
     let end = until.unwrap_or(steps).min(steps);
@@ -110,7 +130,36 @@ fn other_tokenizer(trained: Option<&Hash>, found: &Hash) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use hgct_core::cluster::Grant;
+    use hgct_core::ids::{DeviceId, Kind, NodeId, Rank};
+    use hgct_core::model::ModelSpec;
+    use hgct_core::plan::{PlanBuilder, PlanRank};
+
     use super::*;
+
+    #[test]
+    fn a_plan_stands_alone() {
+        let model = r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2}"#;
+        let plan = |samples| {
+            let device = PlanRank {
+                device: DeviceId::new("local/torch:0").unwrap(),
+                kind: Kind::new("cpu/torch").unwrap(),
+                node: NodeId::new("local").unwrap(),
+                grant: Grant { cpu_millicores: 500, cores: vec![], threads: 1, memory_bytes: 1 << 30 },
+            };
+            let builder = PlanBuilder::new(ModelSpec::from_config_json("c", model).unwrap(), 16, samples);
+            builder.rank(device).pipeline(1, samples, &[(Rank(0), 4)]).build().unwrap()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        write_plan(folder.path(), &plan(2)).unwrap();
+        let timeline = folder.path().join("timeline.json");
+        fs::write(&timeline, "{}").unwrap();
+        write_plan(folder.path(), &plan(2)).unwrap();
+        assert!(timeline.exists());
+        write_plan(folder.path(), &plan(3)).unwrap();
+        assert!(!timeline.exists());
+    }
 
     #[test]
     fn a_run_goes_on_only_where_steps_are_left() {
