@@ -51,6 +51,11 @@ pub(crate) fn seconds() -> clap::builder::RangedU64ValueParser<u64> {
     clap::value_parser!(u64).range(..=MOST_SECONDS)
 }
 
+/// Parser of a number of agents, to which this host's is added.
+pub(crate) fn agents() -> clap::builder::RangedU64ValueParser<u16> {
+    clap::builder::RangedU64ValueParser::new().range(..=u64::from(u16::MAX))
+}
+
 /// Name of the node whose agent a command starts itself.
 pub(crate) const LOCAL: &str = "local";
 

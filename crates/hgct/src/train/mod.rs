@@ -39,8 +39,8 @@ use crate::workspace::{Workspace, write_atomically};
 #[derive(Debug, Clone, Args)]
 pub(crate) struct AgentArgs {
     /// Wait for this many agents of other hosts
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) agents: usize,
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = session::agents())]
+    pub(crate) agents: u16,
     /// Do not start an agent on this host
     #[arg(long)]
     pub(crate) no_local_agent: bool,
@@ -172,7 +172,7 @@ pub(crate) fn session_options(run: RunId, folder: PathBuf, agents: &AgentArgs) -
     session::Options {
         run,
         folder,
-        remote_agents: agents.agents,
+        remote_agents: usize::from(agents.agents),
         local_agent: !agents.no_local_agent,
         listen: agents.listen,
         token_file: agents.token_file.clone(),

@@ -128,6 +128,10 @@ fn options_that_name_nothing_are_refused_with_what_there_is() {
         let error = documents.error_of(&args);
         assert!(error.contains(says), "{more:?}: {error}");
     }
+    for number in ["65536", "18446744073709551615"] {
+        let error = refused(&documents, &["check", "--agents", number]);
+        assert!(error.contains("--agents") && error.contains("0..=65535"), "{error}");
+    }
     documents.json(&["-o", "plan.json"]);
     for (node, says) in [
         ("fast", "fast-0 to fast-1"),
