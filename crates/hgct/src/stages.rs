@@ -403,16 +403,65 @@ pub(crate) fn parse_cluster(path: &Path) -> Result<ClusterSpec> {
     }
 }
 
+/// Which devices, and their grants, as the document says; what each of them is, as it is now. A document
+/// may be older than an environment or a driver, and what was measured of those must not be taken for
+/// what is here.
 fn read_cluster(path: &Path, inventory: &Inventory) -> Result<ClusterSpec> {
-    let cluster = parse_cluster(path)?;
-    for (node, device) in cluster.devices() {
-        let here =
-            inventory.nodes.iter().filter(|known| known.name == node.name).flat_map(|node| &node.devices);
-        if !here.into_iter().any(|known| known.id == device.id) {
-            let reason = why_unusable(&inventory.unusable, &device.id);
-            let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
-            bail!("{}: node {} does not have device {}{reason}", path.display(), node.name, device.id);
+    let mut cluster = parse_cluster(path)?;
+    for node in &mut cluster.nodes {
+        let here = inventory.nodes.iter().filter(|known| known.name == node.name);
+        let here: Vec<&DeviceSpec> = here.flat_map(|node| &node.devices).collect();
+        for device in &mut node.devices {
+            let Some(found) = here.iter().find(|known| known.id == device.id) else {
+                let reason = why_unusable(&inventory.unusable, &device.id);
+                let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+                bail!("{}: node {} does not have device {}{reason}", path.display(), node.name, device.id);
+            };
+            *device = DeviceSpec { grant: device.grant.clone(), ..(*found).clone() };
         }
     }
     Ok(cluster)
+}
+
+#[cfg(test)]
+mod tests {
+    use hgct_core::cluster::{Grant, NodeSpec};
+    use hgct_core::ids::{EnvironmentId, Kind};
+
+    use super::*;
+
+    #[test]
+    fn an_older_cluster_document_gives_grants_and_not_what_devices_are() {
+        let grant =
+            |cpu_millicores| Grant { cpu_millicores, cores: vec![0], threads: 1, memory_bytes: 1 << 30 };
+        let device = |environment: &str, driver: &str, cpu_millicores| DeviceSpec {
+            id: DeviceId::new("local/torch:0").unwrap(),
+            kind: Kind::new("cpu/torch").unwrap(),
+            vendor: "cpu".into(),
+            identity: "a processor".into(),
+            engine: "torch".into(),
+            device_string: "cpu".into(),
+            environment: EnvironmentId::new("torch").unwrap(),
+            environment_hash: Hash::of_bytes(environment.as_bytes()),
+            framework_version: environment.into(),
+            driver: Some(driver.into()),
+            memory_bytes: 0,
+            host_resource: "cpu".into(),
+            grant: grant(cpu_millicores),
+        };
+        let node = |device| NodeSpec {
+            name: NodeId::new("local").unwrap(),
+            cores: 2,
+            memory_bytes: 8 << 30,
+            isolation: Isolation::Affinity,
+            devices: vec![device],
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cluster.toml");
+        let older = ClusterSpec { format: ClusterSpec::FORMAT, nodes: vec![node(device("1", "1", 300))] };
+        std::fs::write(&path, older.to_toml()).unwrap();
+        let inventory = Inventory { nodes: vec![node(device("2", "2", 900))], unusable: Vec::new() };
+        let cluster = read_cluster(&path, &inventory).unwrap();
+        assert_eq!(cluster.nodes, [node(device("2", "2", 300))]);
+    }
 }
