@@ -98,9 +98,8 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
 
     fn everything(&mut self) -> Option<()> {
         self.evenly()?;
-        let many = self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS;
         self.apart()?;
-        if many {
+        if self.has_many_ways() {
             return self.combine();
         }
         let mut contexts = Vec::new();
@@ -134,6 +133,11 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             self.make_whole(context)?;
         }
         Some(())
+    }
+
+    /// Whether there are too many for more than alike pipelines.
+    fn has_many_ways(&self) -> bool {
+        self.table.ends.len() > MANY_ENDS || self.table.num_layers > MANY_LAYERS
     }
 
     /// Stages that generators may try. In a flat ring the largest stage decides how long every exchange
@@ -176,7 +180,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         for size in 0..self.table.micro_batches.len() {
             let samples = f64::from(self.table.micro_batches[size]);
             for schedule in self.start.schedules {
-                for num in counts(&self.start.limits, batch / samples) {
+                for num in counts(&self.start.limits, batch / samples, FINE) {
                     let share = |limit: &u64| (limit / num) as u32;
                     let devices: Vec<u32> = self.start.limits.iter().map(share).collect();
                     let micro_batches = batch / samples / num as f64;
@@ -477,11 +481,11 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     }
 }
 
-/// Numbers of alike pipelines that are tried: up to a micro-batch each, ever farther apart, and those of
-/// one, two, three or so devices of a pool.
-fn counts(limits: &[u64], micro_batches: f64) -> BTreeSet<u64> {
+/// Numbers of alike pipelines that are tried: up to a micro-batch each, ever farther apart, by a part of
+/// `fineness` of themselves, and those of one, two, three or so devices of a pool.
+fn counts(limits: &[u64], micro_batches: f64, fineness: u64) -> BTreeSet<u64> {
     let most = limits.iter().copied().max().unwrap_or(0);
-    let mut counts: BTreeSet<u64> = std::iter::successors(Some(1u64), |num| Some(num + 1 + num / 12))
+    let mut counts: BTreeSet<u64> = std::iter::successors(Some(1u64), |num| Some(num + 1 + num / fineness))
         .take_while(|num| *num <= most)
         .collect();
     counts.extend(limits.iter().flat_map(|limit| FEW_DEVICES.map(|devices| limit / devices)));
@@ -489,6 +493,10 @@ fn counts(limits: &[u64], micro_batches: f64) -> BTreeSet<u64> {
     counts
 }
 
+/// Of numbers of pipelines.
+const FINE: u64 = 12;
+/// The same where there are many ways to place a stage, and few of them keep to a pool.
+const COARSE: u64 = 4;
 /// Devices of a pool in each of as many pipelines as there can be with them.
 const FEW_DEVICES: [u64; 6] = [1, 2, 3, 4, 6, 8];
 /// Stages that are tried at most where exchanges are hierarchical: some tenths of a second.
@@ -502,13 +510,13 @@ const MOST_STAGES: usize = 48;
 
 #[cfg(test)]
 mod tests {
-    use super::counts;
+    use super::{COARSE, FINE, counts};
 
     #[test]
     fn pipelines_are_counted_by_what_each_has_of_a_pool() {
-        let all = counts(&[128, 20], 256.0);
+        let all = counts(&[128, 20], 256.0, FINE);
         assert!([1, 2, 11, 16, 20, 32, 42, 64, 128].iter().all(|num| all.contains(num)), "{all:?}");
-        assert!(counts(&[128, 20], 30.0).iter().all(|num| (1..=30).contains(num)));
-        assert!(counts(&[], 256.0).is_empty());
+        assert!(counts(&[128, 20], 30.0, COARSE).iter().all(|num| (1..=30).contains(num)));
+        assert!(counts(&[], 256.0, FINE).is_empty());
     }
 }

@@ -314,7 +314,7 @@ fn a_job_and_a_model_are_answered_in_the_same_form() {
 fn alike_stages_are_one_row_and_comparisons_have_names() {
     let documents = Documents::new();
     let deep = ["--micro-batches", "1", "--schedules", "1f1b", "--seq-len", "2048"];
-    documents.put("config.json", &CONFIG.replace("\"num_hidden_layers\": 22", "\"num_hidden_layers\": 240"));
+    documents.put("config.json", &CONFIG.replace("\"num_hidden_layers\": 22", "\"num_hidden_layers\": 440"));
     documents.json(&[deep.as_slice(), &["-o", "a.json"]].concat());
     documents.json(&["-o", "b.json"]);
     let plan: Value = serde_json::from_str(&fs::read_to_string(documents.path("a.json")).unwrap()).unwrap();
