@@ -336,7 +336,7 @@ struct Part {
 /// Width of a part that is not divided any more, as a part of a step.
 const NARROW: f64 = 0.003;
 /// Parts of the exchange's time that are looked at, for each kind of cases.
-const PARTS: usize = 40;
+const PARTS: usize = 24;
 
 /// Bytes that a gradient byte moves, with the parameters that come back.
 fn both(instance: &Instance) -> f64 {

@@ -98,7 +98,9 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
 
     fn everything(&mut self) -> Option<()> {
         self.evenly()?;
-        self.apart()?;
+        if !self.has_many_ways() || self.table.instance.pools.len() > FEW_POOLS {
+            self.apart()?;
+        }
         if self.has_many_ways() {
             return self.combine();
         }
@@ -493,6 +495,9 @@ fn counts(limits: &[u64], micro_batches: f64, fineness: u64) -> BTreeSet<u64> {
     counts
 }
 
+/// Pools up to which pipelines through all of them are as good as those that keep to one, where there are
+/// many ways to place a stage.
+const FEW_POOLS: usize = 4;
 /// Of numbers of pipelines.
 const FINE: u64 = 12;
 /// The same where there are many ways to place a stage, and few of them keep to a pool.

@@ -40,7 +40,7 @@ fn divided_experts_are_planned_simulated_and_exported() {
     let documents = Documents::new();
     documents.put("config.json", MIXTRAL);
     documents.put("cluster.toml", CLUSTER);
-    let answer = documents.json(&["--seq-len", "2048", "--schedules", "1f1b", "-o", "plan.json"]);
+    let answer = documents.json(&["--seq-len", "512", "--schedules", "1f1b", "-o", "plan.json"]);
     let rows = answer["rows"].as_array().unwrap();
     for row in rows {
         // Whole experts on each device, in groups larger than those of tensor parallelism.
