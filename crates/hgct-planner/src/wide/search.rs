@@ -98,7 +98,8 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
 
     fn everything(&mut self) -> Option<()> {
         self.evenly()?;
-        if !self.has_many_ways() || self.table.instance.pools.len() > FEW_POOLS {
+        let of = self.table.instance;
+        if !self.has_many_ways() || of.pools.len() > FEW_POOLS || of.num_devices() > FEW_ALTOGETHER {
             self.apart()?;
         }
         if self.has_many_ways() {
@@ -182,7 +183,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
         for size in 0..self.table.micro_batches.len() {
             let samples = f64::from(self.table.micro_batches[size]);
             for schedule in self.start.schedules {
-                for num in counts(&self.start.limits, batch / samples, FINE) {
+                for num in counts(&self.start.limits, batch / samples) {
                     let share = |limit: &u64| (limit / num) as u32;
                     let devices: Vec<u32> = self.start.limits.iter().map(share).collect();
                     let micro_batches = batch / samples / num as f64;
@@ -483,11 +484,11 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     }
 }
 
-/// Numbers of alike pipelines that are tried: up to a micro-batch each, ever farther apart, by a part of
-/// `fineness` of themselves, and those of one, two, three or so devices of a pool.
-fn counts(limits: &[u64], micro_batches: f64, fineness: u64) -> BTreeSet<u64> {
+/// Numbers of alike pipelines that are tried: up to a micro-batch each, ever farther apart, and those of
+/// one, two, three or so devices of a pool.
+fn counts(limits: &[u64], micro_batches: f64) -> BTreeSet<u64> {
     let most = limits.iter().copied().max().unwrap_or(0);
-    let mut counts: BTreeSet<u64> = std::iter::successors(Some(1u64), |num| Some(num + 1 + num / fineness))
+    let mut counts: BTreeSet<u64> = std::iter::successors(Some(1u64), |num| Some(num + 1 + num / 12))
         .take_while(|num| *num <= most)
         .collect();
     counts.extend(limits.iter().flat_map(|limit| FEW_DEVICES.map(|devices| limit / devices)));
@@ -495,13 +496,10 @@ fn counts(limits: &[u64], micro_batches: f64, fineness: u64) -> BTreeSet<u64> {
     counts
 }
 
-/// Pools up to which pipelines through all of them are as good as those that keep to one, where there are
-/// many ways to place a stage.
+/// Pools and devices up to which pipelines through all of them are as good as those that keep to one pool,
+/// where there are many ways to place a stage.
 const FEW_POOLS: usize = 4;
-/// Of numbers of pipelines.
-const FINE: u64 = 12;
-/// The same where there are many ways to place a stage, and few of them keep to a pool.
-const COARSE: u64 = 4;
+const FEW_ALTOGETHER: u64 = 1024;
 /// Devices of a pool in each of as many pipelines as there can be with them.
 const FEW_DEVICES: [u64; 6] = [1, 2, 3, 4, 6, 8];
 /// Stages that are tried at most where exchanges are hierarchical: some tenths of a second.
@@ -515,13 +513,13 @@ const MOST_STAGES: usize = 48;
 
 #[cfg(test)]
 mod tests {
-    use super::{COARSE, FINE, counts};
+    use super::counts;
 
     #[test]
     fn pipelines_are_counted_by_what_each_has_of_a_pool() {
-        let all = counts(&[128, 20], 256.0, FINE);
+        let all = counts(&[128, 20], 256.0);
         assert!([1, 2, 11, 16, 20, 32, 42, 64, 128].iter().all(|num| all.contains(num)), "{all:?}");
-        assert!(counts(&[128, 20], 30.0, COARSE).iter().all(|num| (1..=30).contains(num)));
-        assert!(counts(&[], 256.0, FINE).is_empty());
+        assert!(counts(&[128, 20], 30.0).iter().all(|num| (1..=30).contains(num)));
+        assert!(counts(&[], 256.0).is_empty());
     }
 }

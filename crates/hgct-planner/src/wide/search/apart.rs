@@ -7,7 +7,7 @@
 use super::super::even::{Even, make};
 use super::super::form::Form;
 use super::super::settle::{Crew, settle};
-use super::{COARSE, FINE, Search, counts};
+use super::{Search, counts};
 
 /// What each pool does; `None`: it is left out.
 type Chosen = Vec<Option<usize>>;
@@ -99,12 +99,11 @@ impl Search<'_, '_, '_> {
         };
         let share = worth(pool) / (0..self.start.limits.len()).map(worth).sum::<f64>();
         let known = self.known();
-        let fineness = if self.has_many_ways() { COARSE } else { FINE };
         let mut all: Vec<Own> = Vec::new();
         for size in 0..table.micro_batches.len() {
             let samples = f64::from(table.micro_batches[size]);
             for schedule in self.start.schedules {
-                for num in counts(&[limit], batch / samples, fineness) {
+                for num in counts(&[limit], batch / samples) {
                     let mut devices = vec![0; self.start.limits.len()];
                     devices[pool] = (limit / num) as u32;
                     let even = Even {
