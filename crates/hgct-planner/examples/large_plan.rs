@@ -6,7 +6,7 @@
 //! cargo run --release -p hgct-planner --example large_plan -- 256      # … 256 samples a step
 //! cargo run --release -p hgct-planner --example large_plan -- ten      # 10,000 cards of six kinds
 //! cargo run --release -p hgct-planner --example large_plan -- curve    # seconds by cards
-//! cargo run --release -p hgct-planner --example large_plan -- curve benchmarks/planner-2026-11-28
+//! cargo run --release -p hgct-planner --example large_plan -- curve benchmarks/planner-2026-11-29
 //! ```
 //!
 //! The last one writes what it measured as `….csv`, and a picture of it as `….svg`.
