@@ -399,9 +399,12 @@ impl Layout {
         self.templates.iter().map(|t| u64::from(t.count)).sum()
     }
 
-    /// Forwards and backwards of a step.
+    /// Forwards and backwards of a step, of virtual stages where there are such.
     pub(crate) fn computations(&self) -> u64 {
-        let of = |t: &Template| 2 * u64::from(t.num_micro_batches) * t.stages.len() as u64;
+        let of = |t: &Template| {
+            let stages = t.stages.len() as u64 * u64::from(t.schedule.virtual_stages());
+            2 * u64::from(t.num_micro_batches) * stages
+        };
         self.templates.iter().map(|t| u64::from(t.count) * of(t)).sum()
     }
 

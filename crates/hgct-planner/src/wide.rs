@@ -257,7 +257,7 @@ impl Finder<'_, '_> {
                 };
                 let mut search = Search::new(table, &start, &mut self.meter);
                 let done = search.run();
-                let found = search.best.is_some();
+                let fits = search.fits;
                 self.near.extend(search.near.into_iter().map(|of| (of.layout, of.priced)));
                 if let Some(found) = search.best
                     && known.is_none_or(|known| found.seconds() < known)
@@ -265,7 +265,7 @@ impl Finder<'_, '_> {
                     best = Some(found);
                 }
                 // Fewer replicas share optimizer state only where many do not fit.
-                if found && self.instance.num_devices() > EXACT_DEVICES {
+                if fits && self.instance.num_devices() > EXACT_DEVICES {
                     shards = &[];
                 }
                 if done.is_none() {

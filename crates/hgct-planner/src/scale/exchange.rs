@@ -53,7 +53,9 @@ pub(super) fn finish(
         // Virtual stages divide what is left of a pass over the whole stage.
         let in_stage = (layer - template.stages[of.stage].first_layer) as usize;
         let left = buckets.left[of.template][of.stage][in_stage] * f64::from(schedule.virtual_stages());
-        let (chunk, left) = (left as u32, left.fract());
+        // All of a pass is left where the last layers have none of it.
+        let chunk = (left as u32).min(schedule.virtual_stages() - 1);
+        let left = left - f64::from(chunk);
         let kind = if schedule.divides() { OpKind::Weight } else { OpKind::Backward };
         let is_pass = |span: &&Computed| span.op.kind == kind && span.op.chunk == chunk;
         let Some(pass) = computed[unit].iter().rfind(is_pass) else { return ends[unit] };

@@ -85,11 +85,16 @@ fn kinds(table: &Table<'_>, even: &Even<'_>) -> Vec<Kind> {
                 fill: table.layer_fill_s(even.schedule, choice, even.size, middle),
                 exchange: exchange(table, even, choice),
                 pressure: (free(1.0) - free(0.0)) / (forward_s + backward_s) / pool.memory_bytes,
-                most: even.devices[own.pool] * (pool.devices_per_node - pool.devices_per_node % own.degree)
-                    / pool.devices_per_node,
+                most: in_groups(even.devices[own.pool], pool.devices_per_node, own.degree),
             }
         })
         .collect()
+}
+
+/// Of so many devices, those that groups of a degree and larger ones can have.
+fn in_groups(devices: u32, of_node: u32, degree: u32) -> u32 {
+    let whole = u64::from(of_node - of_node % degree);
+    (u64::from(devices) * whole / u64::from(of_node)) as u32
 }
 
 /// Seconds a middle layer takes to exchange among all pipelines, as long as all have it on this choice.

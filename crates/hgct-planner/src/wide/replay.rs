@@ -5,7 +5,7 @@
 //! are priced nearly alike are simulated, and the one that takes least is the answer. Its price stands,
 //! and its gap is its own.
 
-use crate::instance::{Instance, Layout, Priced, Transfer};
+use crate::instance::{Instance, Layout, Transfer};
 use crate::scale::{WhatIf, simulate_layout};
 use crate::words::{count, seconds};
 
@@ -20,12 +20,14 @@ pub struct Replayed {
     pub step_s: f64,
     /// Of the one with the best price.
     pub best_priced_s: f64,
+    /// That price.
+    pub best_price_s: f64,
 }
 
 impl Replayed {
     /// Why the best price is not the answer, where it is not.
     pub fn reason(&self) -> Option<String> {
-        let Self { num, step_s, best_priced_s } = *self;
+        let Self { num, step_s, best_priced_s, .. } = *self;
         let reason = || {
             format!(
                 "{} of nearly the same price were simulated: this one takes {}, the one with the best price {}",
@@ -43,33 +45,38 @@ const OTHERS: usize = 3;
 /// Computations of a layout that is simulated: some tenths of a second.
 const MOST: u64 = 400_000;
 
-/// Chooses among the layouts that are priced nearly as well as the best; `None` where the best is proven,
-/// where there is no other, or where nothing runs beside compute, as in formulas of tables.
+/// Chooses among the layouts that are priced nearly as well as the best; `None` where the best is proven or
+/// too much to simulate, where there is no other, or where nothing runs beside compute, as in formulas of
+/// tables.
 pub fn replay(instance: &Instance, found: &mut Found) -> Option<Replayed> {
-    let best = found.best.take()?;
-    let is_proven = found.proven_s >= best.1.iteration_s;
-    if is_proven || instance.rules.transfer != Transfer::Overlapped {
-        found.best = Some(best);
+    let best = found.best.as_ref()?;
+    let best_price_s = best.1.iteration_s;
+    let is_proven = found.proven_s >= best_price_s;
+    if is_proven || found.near.is_empty() || instance.rules.transfer != Transfer::Overlapped {
         return None;
     }
-    let mut all: Vec<(Layout, Priced)> = vec![best];
-    all.extend(found.near.drain(..).take(OTHERS));
-    let steps: Vec<f64> = all.iter().map(|(layout, _)| simulated_s(instance, layout)).collect();
-    let least = (0..all.len()).min_by(|a, b| steps[*a].total_cmp(&steps[*b])).unwrap_or(0);
-    let (layout, priced) = all.swap_remove(least);
-    found.gap = Some((1.0 - found.proven_s / priced.iteration_s).max(0.0));
-    found.limited_by = limited_by(&priced, &found.bound).into();
-    found.best = Some((layout, priced));
-    found.near = all;
-    let replayed = Replayed { num: steps.len(), step_s: steps[least], best_priced_s: steps[0] };
-    (replayed.num > 1 && replayed.best_priced_s.is_finite()).then_some(replayed)
+    let best_priced_s = simulated_s(instance, &best.0)?;
+    let others = found.near.iter().take(OTHERS).enumerate();
+    let steps: Vec<(usize, f64)> =
+        others.filter_map(|(at, (layout, _))| Some((at, simulated_s(instance, layout)?))).collect();
+    let least = steps.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1));
+    let mut step_s = best_priced_s;
+    if let Some((at, of_least)) = least.filter(|(_, of_least)| *of_least < best_priced_s) {
+        step_s = of_least;
+        let (layout, priced) = found.near.remove(at);
+        found.gap = Some((1.0 - found.proven_s / priced.iteration_s).max(0.0));
+        found.limited_by = limited_by(&priced, &found.bound).into();
+        let best = found.best.replace((layout, priced));
+        found.near.splice(0..0, best);
+    }
+    Some(Replayed { num: 1 + steps.len(), step_s, best_priced_s, best_price_s })
 }
 
-/// Infinite where it is too much to simulate.
-fn simulated_s(instance: &Instance, layout: &Layout) -> f64 {
+/// Seconds of a step; `None` where it is too much to simulate.
+fn simulated_s(instance: &Instance, layout: &Layout) -> Option<f64> {
     if layout.computations() > MOST {
-        return f64::INFINITY;
+        return None;
     }
-    let simulated = simulate_layout(instance, layout, &WhatIf::default());
-    simulated.map_or(f64::INFINITY, |simulated| simulated.step_ns as f64 / 1e9)
+    let simulated = simulate_layout(instance, layout, &WhatIf::default()).ok()?;
+    Some(simulated.step_ns as f64 / 1e9)
 }

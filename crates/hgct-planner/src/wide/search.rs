@@ -57,6 +57,8 @@ pub(crate) struct Search<'a, 't, 'm> {
     pub(crate) best: Option<Settled>,
     /// The best of each number of pipelines that is near the best of all.
     pub(crate) near: Vec<Settled>,
+    /// Whether any layout fitted, however slow.
+    pub(crate) fits: bool,
 }
 
 impl<'a, 't, 'm> Search<'a, 't, 'm> {
@@ -69,6 +71,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
             forms: Vec::new(),
             best: None,
             near: Vec::new(),
+            fits: false,
         }
     }
 
@@ -464,6 +467,7 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     fn offer(&mut self, crew: &Crew) {
         let Some(found) = settle(self.table, crew) else { return };
         let seconds = found.seconds();
+        self.fits = self.fits || check(self.table.instance, &found.layout).is_empty();
         if seconds >= self.known() * NEAR {
             return;
         }

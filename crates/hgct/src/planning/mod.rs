@@ -185,7 +185,8 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         bail!("the model fits nowhere: {shortage}");
     }
     let mut found = clock.search(&problem.instance)?;
-    let may_replay = found.finished && problem.measured.is_none();
+    // A time limit is for the search; measured plans are simulated as `hgct train` executes them.
+    let may_replay = args.large.time_limit.is_none() && problem.measured.is_none();
     let replayed = may_replay.then(|| replay(&problem.instance, &mut found)).flatten();
     let search_seconds = started.elapsed().as_secs_f64();
     let alone = alone(&problem.instance, &found);
@@ -220,8 +221,10 @@ fn from_documents(args: &Args, model: &Path) -> Result<u8> {
         },
         plan,
     };
-    let forced = free.map(|(kinds, free)| forced(kinds, &answer, clock.quick(&free)));
-    let mut again = |changed: &Instance| clock.quick(changed);
+    // What a search finds is the best price, which simulations may have given up a little of.
+    let given_up = replayed.map_or(1.0, |of| of.best_price_s / answer.prediction.iteration_s);
+    let mut again = |changed: &Instance| Ok(clock.quick(changed)?.map(|rate| rate * given_up));
+    let forced = free.map(|(kinds, free)| forced(kinds, &answer, again(&free)));
     let mut why = why(&answer, &alone, if args.large.explain { Some(&mut again) } else { None });
     why.reasons.extend(replayed.as_ref().and_then(Replayed::reason));
     let hint = if args.large.explain { "" } else { "More reasons, by searching again: --explain.\n" };

@@ -34,7 +34,8 @@ impl Paces {
         let handing = 2.0 * table.most_transfer(size) * schedule.transfers();
         let mut paces = Vec::new();
         for compute in ways {
-            let mut take = |first: usize, last: usize| paces.push(compute[last + 1] - compute[first]);
+            let mut own = Vec::new();
+            let mut take = |first: usize, last: usize| own.push(compute[last + 1] - compute[first]);
             for (at, run) in runs.iter().enumerate() {
                 // Inside of a run, length is all that counts.
                 run.clone().for_each(|last| take(run.start, last));
@@ -42,11 +43,11 @@ impl Paces {
                     run.clone().for_each(|first| other.clone().for_each(|last| take(first, last)));
                 }
             }
+            own.retain(|pace| *pace > handing);
+            // Many where classes of layers alternate, and few that differ.
+            paces.extend(distinct(own));
         }
-        paces.retain(|pace| *pace > handing);
-        paces.sort_by(f64::total_cmp);
-        paces.dedup_by(|next, pace| *next <= *pace * (1.0 + ROUNDING));
-        Self(paces)
+        Self(distinct(paces))
     }
 
     /// An interval of paces from the least that is possible in it to the largest; `None` if none is.
@@ -59,4 +60,11 @@ impl Paces {
         let to = self.0.partition_point(|pace| *pace <= high * (1.0 + ROUNDING));
         (from < to).then(|| (self.0[from] * (1.0 - ROUNDING), self.0[to - 1] * (1.0 + ROUNDING)))
     }
+}
+
+/// Ascending, each once.
+fn distinct(mut paces: Vec<f64>) -> Vec<f64> {
+    paces.sort_by(f64::total_cmp);
+    paces.dedup_by(|next, pace| *next <= *pace * (1.0 + ROUNDING));
+    paces
 }
