@@ -467,15 +467,16 @@ impl<'a, 't, 'm> Search<'a, 't, 'm> {
     fn offer(&mut self, crew: &Crew) {
         let Some(found) = settle(self.table, crew) else { return };
         let seconds = found.seconds();
-        self.fits = self.fits || check(self.table.instance, &found.layout).is_empty();
-        if seconds >= self.known() * NEAR {
-            return;
-        }
         let num = found.layout.num_pipelines();
         let alike = self.near.iter().position(|known| known.layout.num_pipelines() == num);
-        if alike.is_some_and(|at| self.near[at].seconds() <= seconds)
-            || !check(self.table.instance, &found.layout).is_empty()
-        {
+        let is_near =
+            seconds < self.known() * NEAR && alike.is_none_or(|at| seconds < self.near[at].seconds());
+        // What is not kept only tells whether anything fits.
+        if self.fits && !is_near || !check(self.table.instance, &found.layout).is_empty() {
+            return;
+        }
+        self.fits = true;
+        if !is_near {
             return;
         }
         if let Some(at) = alike {
