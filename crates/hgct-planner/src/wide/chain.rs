@@ -34,7 +34,7 @@ mod alike;
 mod paces;
 mod suffix;
 
-use alike::{Lengths, long_runs};
+use alike::{Lengths, long_runs, longest};
 use paces::Paces;
 use suffix::{Suffix, Suffixes};
 
@@ -341,14 +341,7 @@ impl<'t, 'a> Chains<'t, 'a> {
         let lengths = |run: &Range<usize>| Lengths::new(run.clone(), ways.len(), allowed);
         let mut runs: Vec<Lengths> = self.runs.iter().map(lengths).collect();
         // Layers at most of a first stage with one behind it.
-        let longest = |at: usize| {
-            let (mut low, mut high) = (0, layers);
-            while high - low > 1 {
-                let middle = usize::midpoint(low, high);
-                if allowed(at, 0..middle, 1.0) { low = middle } else { high = middle }
-            }
-            low
-        };
+        let longest = |at: usize| longest(layers - 1, |num| allowed(at, 0..num, 1.0));
         let longest: Vec<usize> = (0..ways.len()).map(longest).collect();
         let mut starts = vec![layers - 1; ways.len()];
         let mut short = vec![false; ways.len() * (levels + 1)];

@@ -38,6 +38,16 @@ pub(super) fn long_runs(table: &Table<'_>) -> Vec<Range<usize>> {
     runs.filter(|run| run.len() >= MANY).collect()
 }
 
+/// Layers at most of a stage, up to `most`, where those that fit are all up to some number.
+pub(super) fn longest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, most + 1);
+    while high - low > 1 {
+        let middle = usize::midpoint(low, high);
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    low
+}
+
 impl Lengths {
     /// `allowed` says whether a way may have a stage of these layers with so many neighbours.
     pub(super) fn new(
@@ -48,17 +58,7 @@ impl Lengths {
         let fits = |way: usize, num: usize, neighbours: f64| {
             num <= layers.len() && allowed(way, layers.start..layers.start + num, neighbours)
         };
-        let reach = |way: usize| {
-            let (mut low, mut high) = (0, 1);
-            while fits(way, high, 2.0) {
-                (low, high) = (high, 2 * high);
-            }
-            while high - low > 1 {
-                let middle = usize::midpoint(low, high);
-                if fits(way, middle, 2.0) { low = middle } else { high = middle }
-            }
-            low
-        };
+        let reach = |way: usize| longest(layers.len(), |num| fits(way, num, 2.0));
         let reach: Vec<usize> = (0..num_ways).map(reach).collect();
         let mut longest = 0;
         for (way, reach) in reach.iter().enumerate() {
